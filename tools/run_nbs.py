@@ -1,0 +1,87 @@
+"""Run notebooks, each in its own process, and store what they print, so that the pages show what the code really does.
+
+Cells that carry a test flag (`#| slow`, ...) are skipped and keep the outputs they had, unless `--flags` names the
+flag. With `--test` nothing is written. An output that holds a path of this machine is refused: it changes by the run.
+"""
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from execnb.nbio import read_nb, write_nb
+from execnb.shell import CaptureShell
+from fastcore.script import call_parse
+from fastcore.xtras import working_directory
+from nbdev.clean import clean_nb
+from nbdev.config import get_config
+from nbdev.doclinks import nbglob
+from nbdev.process import NBProcessor
+
+QUIET = {"IN_TEST": "1", "TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "MPLBACKEND": "agg",
+         "TOKENIZERS_PARALLELISM": "false", "COLUMNS": "120"}
+
+
+def is_skipped(cell, flags):
+    "Whether `cell` is not run: prose, an export call, a flagged cell, `#| eval: false`."
+    directives = cell.directives_
+    return (cell.cell_type != "code" or "nbdev_export(" in cell.source or bool(flags & directives.keys())
+            or directives.get("eval:", [""])[0].lower() == "false")
+
+
+def text_of(output):
+    "All text of an output, pictures left out."
+    data = {kind: value for kind, value in output.get("data", {}).items() if not kind.startswith("image/")}
+    parts = [output.get("text", ""), *data.values()]
+    return "".join(part if isinstance(part, str) else "".join(map(str, part)) for part in parts)
+
+
+def refuse_paths(notebook, cells, root):
+    "Stop where an output names a folder of this machine."
+    places = {str(root), str(Path.home()) + os.sep, tempfile.gettempdir() + os.sep, sys.prefix}
+    for number, cell in enumerate(cells):
+        text = "".join(map(text_of, cell.get("outputs", [])))
+        found = [place for place in places if place in text]
+        if found:
+            raise SystemExit(f"{notebook}, cell {number}: its output holds the path {found[0]}; print a name instead")
+
+
+def run(notebook, flags, store, root):
+    "Execute `notebook` in its folder; with `store`, write its outputs back."
+    raw, processed = read_nb(notebook), NBProcessor(notebook).nb
+    with working_directory(notebook.parent):
+        shell = CaptureShell(notebook)
+        shell.run_all(processed, exc_stop=True, preproc=lambda cell: is_skipped(cell, flags))
+    if not store:
+        return
+    for old, new in zip(raw.cells, processed.cells, strict=True):
+        if not is_skipped(new, flags):
+            old["outputs"] = new.get("outputs", [])
+    clean_nb(raw, clean_ids=True)
+    refuse_paths(notebook.name, raw.cells, root)
+    write_nb(raw, notebook)
+
+
+@call_parse
+def main(
+    paths: str = None,  # Notebooks or folders, separated by commas; all of nbs_path by default
+    flags: str = "",  # Test flags to run that are normally skipped, separated by spaces
+    test: bool = False,  # Run only, store nothing
+):
+    "Run notebooks one by one"
+    cfg = get_config()
+    root = Path(cfg.config_path)
+    skip = set(cfg.tst_flags.split()) - set(flags.split())
+    os.environ.update(QUIET)
+    sys.path.insert(0, str(root))
+    failed = []
+    for path in (paths or str(cfg.nbs_path)).split(","):
+        for notebook in sorted(nbglob(path, as_path=True)):
+            child = os.fork()
+            if child == 0:
+                run(notebook.absolute(), skip, not test, root)
+                sys.stdout.flush()
+                os._exit(0)
+            failed += [notebook] if os.waitpid(child, 0)[1] else []
+            print("failed" if notebook in failed else "ran", notebook.name, flush=True)
+    if failed:
+        sys.exit(f"failed: {', '.join(str(notebook) for notebook in failed)}")
