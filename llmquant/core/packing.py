@@ -24,13 +24,13 @@ def words_for(
     "Words that a row of codes takes."
     return -(-columns * bits // 32)
 
-# %% ../../nbs/core/packing.ipynb #e92690f8
+# %% ../../nbs/core/packing.ipynb #c16bf56b
 def _pack_bytes(codes:Tensor, bits:int) -> Tensor:
     "Widths that divide a byte: fold each byte's codes together, then read four bytes as a word."
     per_byte = 8 // bits
     out = codes[:, ::per_byte].clone(memory_format=torch.contiguous_format)
     for k in range(1, per_byte): out |= codes[:, k::per_byte] << (k * bits)
-    return out.view(torch.int32)
+    return out.flatten().view(torch.int32).view(len(out), out.shape[1] // 4)
 
 # %% ../../nbs/core/packing.ipynb #28e90cc7
 def _pack_words(codes:Tensor, bits:int) -> Tensor:
