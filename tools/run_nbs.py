@@ -3,6 +3,7 @@
 Cells that carry a test flag (`#| slow`, ...) are skipped and keep the outputs they had, unless `--flags` names the
 flag. With `--test` nothing is written. An output that holds a path of this machine is refused: it changes by the run.
 """
+import argparse
 import os
 import sys
 import tempfile
@@ -10,7 +11,6 @@ from pathlib import Path
 
 from execnb.nbio import read_nb, write_nb
 from execnb.shell import CaptureShell
-from fastcore.script import call_parse
 from fastcore.xtras import working_directory
 from nbdev.clean import clean_nb
 from nbdev.config import get_config
@@ -50,7 +50,12 @@ def run(notebook, flags, store, root):
     raw, processed = read_nb(notebook), NBProcessor(notebook).nb
     with working_directory(notebook.parent):
         shell = CaptureShell(notebook)
-        shell.run_all(processed, exc_stop=True, preproc=lambda cell: is_skipped(cell, flags))
+        for cell in (cell for cell in processed.cells if not is_skipped(cell, flags)):
+            cell["outputs"] = []
+            shell.cell(cell)
+            if shell.exc:
+                print(f"{notebook.name} fails in this cell:\n\n{cell.source}\n", file=sys.stderr, flush=True)
+                raise shell.exc from None
     if not store:
         return
     for old, new in zip(raw.cells, processed.cells, strict=True):
@@ -61,27 +66,30 @@ def run(notebook, flags, store, root):
     write_nb(raw, notebook)
 
 
-@call_parse
-def main(
-    paths: str = None,  # Notebooks or folders, separated by commas; all of nbs_path by default
-    flags: str = "",  # Test flags to run that are normally skipped, separated by spaces
-    test: bool = False,  # Run only, store nothing
-):
-    "Run notebooks one by one"
+def main():
+    "Run notebooks one by one."
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paths", nargs="*", help="notebooks or folders; all notebooks by default")
+    parser.add_argument("--flags", default="", help="test flags to run that are normally skipped, separated by spaces")
+    parser.add_argument("--test", action="store_true", help="run only, store nothing")
+    given = parser.parse_args()
     cfg = get_config()
-    root = Path(cfg.config_path)
-    skip = set(cfg.tst_flags.split()) - set(flags.split())
+    skip = set(cfg.tst_flags.split()) - set(given.flags.split())
     os.environ.update(QUIET)
-    sys.path.insert(0, str(root))
+    sys.path.insert(0, str(cfg.config_path))
     failed = []
-    for path in (paths or str(cfg.nbs_path)).split(","):
-        for notebook in sorted(nbglob(path, as_path=True)):
-            child = os.fork()
-            if child == 0:
-                run(notebook.absolute(), skip, not test, root)
-                sys.stdout.flush()
-                os._exit(0)
-            failed += [notebook] if os.waitpid(child, 0)[1] else []
-            print("failed" if notebook in failed else "ran", notebook.name, flush=True)
+    for notebook in [n for path in given.paths or [cfg.nbs_path] for n in sorted(nbglob(path, as_path=True))]:
+        child = os.fork()
+        if child == 0:
+            run(notebook.absolute(), skip, not given.test, cfg.config_path)
+            sys.stdout.flush()
+            os._exit(0)
+        if os.waitpid(child, 0)[1]:
+            failed.append(notebook.stem)
+        print("failed" if notebook.stem in failed else "ran", notebook.name, flush=True)
     if failed:
-        sys.exit(f"failed: {', '.join(str(notebook) for notebook in failed)}")
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
