@@ -17,13 +17,14 @@ from .qtensor import QuantizedWeight
 from .registry import Registry
 from .scheme import QuantScheme, scheme_for
 
-# %% ../../nbs/core/quantizer_registry.ipynb #8cfe0a1c
+# %% ../../nbs/core/quantizer_registry.ipynb #d2250dee
 class BaseQuantizer:
     "One quantization method; subclasses write `quantize_weight`, or the guide's `quantize`."
     name = ""                                # Overridden by the class or in its constructor
     options: tuple[Option, ...] = ()         # What users may set, besides `symmetric`
     supported_bits = (2, 3, 4, 8, 16)        # 16 leaves the model as it is
     supported_group_sizes = (32, 64, 128, 256) # The usual ones; any that divides in_features works
+    data_free = True                         # Whether it looks at weights alone
     settings = MappingProxyType({})          # The options' values, set by `configure`
 
     def quantize_weight(self,
