@@ -6,7 +6,7 @@
 __all__ = ['MARKS', 'ModelSource', 'ModuleSink', 'replace_module_', 'options_of', 'plan_model', 'quantize_model', 'own_grid',
            'adopt', 'is_adopted']
 
-# %% ../../nbs/core/in_memory.ipynb #a9bd6917
+# %% ../../nbs/core/in_memory.ipynb #1a11c2d7
 from collections.abc import Iterable, Mapping
 from typing import Any
 import torch
@@ -17,7 +17,7 @@ from .model_registry import ModelRegistry
 from .plan import LayerPlan, Plan, make_plan
 from .qtensor import QuantizedWeight, round_to_grid
 from .quant_linear import QuantLinear
-from .walk import check_finite, quantize_layer
+from .walk import check_finite, quantize_layer, relative_error
 
 # %% ../../nbs/core/in_memory.ipynb #3de44fae
 class ModelSource:
@@ -41,7 +41,7 @@ class ModelSource:
         "One tensor."
         return self.values[name].detach()
 
-# %% ../../nbs/core/in_memory.ipynb #63f28f27
+# %% ../../nbs/core/in_memory.ipynb #4f0e1612
 class ModuleSink:
     "Puts a `QuantLinear` where each planned Linear was."
     def __init__(self,
@@ -53,14 +53,13 @@ class ModuleSink:
     def put(self,
         layer:LayerPlan,        # Which Linear
         weight:QuantizedWeight, # Its quantized weight
+        relative_error:float,   # What the report will say of it
     ):
-        "Replace the module."
+        "Replace the module; the new one remembers its name in the checkpoint and its error."
         old = self.adapter.get_layer_by_name(self.model, layer.name)
         new = QuantLinear(weight, None if old.bias is None else old.bias.data, self.method).to(old.weight.device)
+        new.checkpoint_name, new.relative_error = layer.name, relative_error
         replace_module_(self.model, old, new)
-
-    def keep(self, name:str, tensor:Tensor):
-        "Nothing to do: the tensor is in the model already."
 
 # %% ../../nbs/core/in_memory.ipynb #658080f3
 def replace_module_(
@@ -111,7 +110,7 @@ def plan_model(
                      torch_dtype=torch_dtype)
     return plan, adapter, source
 
-# %% ../../nbs/core/in_memory.ipynb #22714d07
+# %% ../../nbs/core/in_memory.ipynb #5a724513
 @torch.no_grad()
 def quantize_model(
     quantizer,                  # A quantizer
@@ -130,7 +129,8 @@ def quantize_model(
     plan, adapter, source = plan_model(quantizer, model, bits, group_size, target_layers, section.get("torch_dtype", "auto"))
     sink = ModuleSink(model, adapter, quantizer.name)
     for layer in plan.quantized:
-        sink.put(layer, quantize_layer(quantizer, layer, source.tensor(f"{layer.name}.weight"), None)[0])
+        quantized, result = quantize_layer(quantizer, layer, source.tensor(f"{layer.name}.weight"), None)
+        sink.put(layer, quantized, result.relative_error)
     if plan.quantized: model.config.quantization_config = plan.quantization_config
     return model
 
@@ -149,7 +149,7 @@ def own_grid(
         raise UsageError(f"layer {layer.name}: zeros must be whole numbers from 0 to {layer.scheme.qmax} for {layer.scheme.bits} bits")
     return scales.to(layer.scheme.scale_dtype), zeros.to(torch.uint8)
 
-# %% ../../nbs/core/in_memory.ipynb #0d826237
+# %% ../../nbs/core/in_memory.ipynb #2d493a97
 @torch.no_grad()
 def adopt(
     quantizer,                # The quantizer that ran
@@ -167,7 +167,8 @@ def adopt(
         weight = source.tensor(f"{layer.name}.weight")
         check_finite(f"{layer.name}.weight", weight)
         grid = own_grid(adapter.get_layer_by_name(model, layer.name), layer)
-        sink.put(layer, round_to_grid(weight, layer.scheme, grid))
+        quantized = round_to_grid(weight, layer.scheme, grid)
+        sink.put(layer, quantized, relative_error(weight, quantized))
     for module in model.modules():
         if not isinstance(module, QuantLinear):
             for mark in MARKS: module.__dict__.pop(mark, None)
