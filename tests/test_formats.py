@@ -47,33 +47,36 @@ def read_by_library(python, weights, folder):
         save_file(fmt.pack("l", weight), folder/f"{name}.safetensors")
         cases[name] = fmt.quantization_config(weight.scheme, ["l"], ["lm_head"], "minmax")
     (folder/"cases.json").write_text(json.dumps(cases), encoding="utf-8")
-    done = subprocess.run([str(python), str(HERE/"compressed_tensors_reader.py"), str(folder/"cases.json"), str(folder)],
-                          capture_output=True, text=True)
+    command = [str(python), str(HERE/"compressed_tensors_reader.py"), str(folder/"cases.json"), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.split()[-1], {name: load_file(folder/f"{name}.read.safetensors")["weight"] for name in weights}
 
 
 def library_cases(grids, out_features=40, in_features=96):
-    return {f"{container}-{grid}".replace(" ", "-"): (CompressedTensorsFormat(container), random_weight(grid, out_features, in_features))
+    return {f"{container}-{grid}".replace(" ", "-"):
+            (CompressedTensorsFormat(container), random_weight(grid, out_features, in_features))
             for container, grid in grids}
 
 
 def test_library_of_vllm_reads_widths_that_divide_a_word(tmp_path):
-    grids = [("auto", scheme(bits, symmetric, group)) for bits in (4, 8) for symmetric in (True, False) for group in (32, -1, 0)]
-    grids += [("auto", scheme(2, True)), *(("int4", scheme(bits, symmetric)) for bits in (2, 3) for symmetric in (True, False))]
+    both = True, False
+    grids = [("auto", scheme(bits, symmetric, group)) for bits in (4, 8) for symmetric in both for group in (32, -1, 0)]
+    grids += [("auto", scheme(2, True)), *(("int4", scheme(bits, symmetric)) for bits in (2, 3) for symmetric in both)]
     cases = library_cases(grids) | library_cases([("dense", scheme(3, True))])
     version, read = read_by_library(sys.executable, cases, tmp_path)
     assert version.startswith("0.17"), f"this environment holds compressed-tensors {version}; vLLM pins 0.17"
     stream = read.pop("dense-W3-g32-sym")
     for name, weight in read.items():
         assert torch.equal(weight, cases[name][1].dequantize(torch.float16)), name
-    assert not torch.equal(stream, cases["dense-W3-g32-sym"][1].dequantize(torch.float16)), "0.17 reads dense 3-bit streams now?"
+    expected = cases["dense-W3-g32-sym"][1].dequantize(torch.float16)
+    assert not torch.equal(stream, expected), "0.17 reads dense 3-bit streams now?"
 
 
 def test_newer_library_reads_every_width(tmp_path):
     assert CHECK_PYTHON.exists(), f"{CHECK_PYTHON} is missing: run `make check-env`"
-    grids = [("dense", scheme(bits, True, group, scale_dtype=dtype)) for bits in (2, 3, 4, 5, 6, 7, 8) for group, dtype in
-             ((32, torch.float16), (-1, torch.bfloat16))]
+    grids = [("dense", scheme(bits, True, group, scale_dtype=dtype)) for bits in (2, 3, 4, 5, 6, 7, 8)
+             for group, dtype in ((32, torch.float16), (-1, torch.bfloat16))]
     grids += [("auto", scheme(bits, False, group)) for bits in (4, 8) for group in (32, -1)]
     grids += [("dense", scheme(bits, False)) for bits in (2, 3)]
     grids += [("int4", scheme(bits, symmetric)) for bits in (2, 3) for symmetric in (True, False)]
@@ -139,18 +142,22 @@ def export(model, path, fmt, grid, ignored):
         module.weight.data = weight.dequantize(torch.float16)
         quantized.append(name)
     config = fmt.quantization_config(grid, quantized, ignored, "minmax")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path/"model.safetensors", metadata={"format": "pt"})
-    values = {**model.config.to_dict(), "architectures": [type(model).__name__], "dtype": "float16", "quantization_config": config}
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(whole, path/"model.safetensors", metadata={"format": "pt"})
+    values = {**model.config.to_dict(), "architectures": [type(model).__name__], "dtype": "float16",
+              "quantization_config": config}
     (path/"config.json").write_text(json.dumps(values, default=str), encoding="utf-8")
     return quantized, config
 
 
 @pytest.mark.parametrize("bits, symmetric, group, container", [
-    (4, True, 64, "auto"), (4, False, 64, "auto"), (8, False, -1, "auto"), (3, False, 0, "auto"), (2, True, 32, "int4")])
+    (4, True, 64, "auto"), (4, False, 64, "auto"), (8, False, -1, "auto"), (3, False, 0, "auto"),
+    (2, True, 32, "int4")])
 def test_compressed_tensors_export_loads_in_transformers(tmp_path, bits, symmetric, group, container):
     from transformers import AutoModelForCausalLM
     model, grid = tiny.build("llama"), scheme(bits, symmetric, group)
-    ignored = ["lm_head"] + [n for n, m in model.named_modules() if ".layers.1." in n and isinstance(m, torch.nn.Linear)]
+    linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    ignored = ["lm_head"] + [name for name in linears if ".layers.1." in name]
     quantized, config = export(model, tmp_path/"out", CompressedTensorsFormat(container), grid, ignored)
     assert len(quantized) == 7 and len(ignored) == 8
     stored = read_safetensors(tmp_path/"out")
@@ -184,7 +191,8 @@ def test_vllm_skips_exactly_what_is_left_in_float():
     configs = [fmt.quantization_config(scheme(4, True), quantized, ignored, "minmax") for fmt in formats]
     shapes = [(64, 64, 32), (64, 96, 96), (40, 64, 32), (64, 40, -1), (64, 96, 3), (64, 96, -1)]
     asked = dict(fused=FUSED, names=list(expected), configs={c["quant_method"]: c for c in configs}, shapes=shapes)
-    done = subprocess.run([sys.executable, str(HERE/"vllm_names.py")], input=json.dumps(asked), capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(HERE/"vllm_names.py")], input=json.dumps(asked), capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout.split("ANSWER")[-1])
     assert answer["quantized"] == {config["quant_method"]: expected for config in configs}

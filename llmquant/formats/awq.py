@@ -36,7 +36,7 @@ def unpack_interleaved(
     out[..., _SLOTS] = slots
     return out.flatten(1)
 
-# %% ../../nbs/formats/awq.ipynb #5f15385f
+# %% ../../nbs/formats/awq.ipynb #4c6a044a
 class AWQFormat(BaseFormat):
     "AWQ's layout (its GEMM version), 4 bits."
     name = "awq"
@@ -45,10 +45,11 @@ class AWQFormat(BaseFormat):
         container:str="auto", # "auto" or "dense": there is no other here
     ):
         if container not in ("auto", "dense"):
-            raise UsageError(f"format awq has no container {container!r}; use container auto or format compressed_tensors")
+            raise UsageError(f"format awq has no container {container!r}; use container auto or "
+                             "format compressed_tensors")
         self.container = container
 
-# %% ../../nbs/formats/awq.ipynb #d597475f
+# %% ../../nbs/formats/awq.ipynb #fa406de0
 _GROUPS = 32, 64, 128
 
 @patch
@@ -60,7 +61,8 @@ def objection(self:AWQFormat,
     "Why vLLM would not load a layer of this shape on this grid."
     if scheme.bits != 4: return f"vLLM reads awq at 4 bits only, not {scheme.bits}; use format compressed_tensors"
     if scheme.granularity == "group" and scheme.group_size not in _GROUPS:
-        return f"vLLM reads awq with groups of 32, 64, 128 or -1, not {scheme.group_size}; use format compressed_tensors"
+        return (f"vLLM reads awq with groups of 32, 64, 128 or -1, not {scheme.group_size}; "
+                "use format compressed_tensors")
     if in_features % scheme.width(in_features):
         return f"group_size {scheme.group_size} does not divide in_features {in_features}; use one that does, or -1"
     if out_features % 32 or in_features % 32:
@@ -68,7 +70,7 @@ def objection(self:AWQFormat,
                 "use 8 bits and format compressed_tensors, or leave the layer in float")
     return ""
 
-# %% ../../nbs/formats/awq.ipynb #da0d728d
+# %% ../../nbs/formats/awq.ipynb #2e5f0748
 @patch
 def layout(self:AWQFormat,
     layer:str,          # Module name
@@ -78,7 +80,8 @@ def layout(self:AWQFormat,
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]: # Tensor name to dtype and shape
     "What `pack` will return, without the values."
     groups = scheme.groups(in_features)
-    tensors = {"qweight": (torch.int32, (in_features, out_features // 8)), "qzeros": (torch.int32, (groups, out_features // 8)),
+    tensors = {"qweight": (torch.int32, (in_features, out_features // 8)),
+               "qzeros": (torch.int32, (groups, out_features // 8)),
                "scales": (scheme.scale_dtype, (groups, out_features))}
     return {f"{layer}.{name}": what for name, what in tensors.items()}
 

@@ -118,7 +118,7 @@ def unpack(self:CompressedTensorsFormat,
     else: zeros = unpack_bits(tensors[f"{layer}.weight_zero_point"].T.contiguous(), stored, len(scales)).T.contiguous()
     return QuantizedWeight(codes, scales, zeros, scheme)
 
-# %% ../../nbs/formats/compressed_tensors.ipynb #31dbc05a
+# %% ../../nbs/formats/compressed_tensors.ipynb #7488b92e
 @patch
 def quantization_config(self:CompressedTensorsFormat,
     scheme:QuantScheme,   # The grid of all quantized layers
@@ -130,7 +130,8 @@ def quantization_config(self:CompressedTensorsFormat,
     group = scheme.group_size if scheme.granularity == "group" else None
     weights = {"num_bits": self.stored_bits(scheme), "type": "int", "strategy": "group" if group else "channel",
                "group_size": group, "symmetric": scheme.symmetric, "dynamic": False}
-    groups = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights,
+                          "input_activations": None, "output_activations": None}}
     return {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
             "config_groups": groups, "ignore": list(ignored), "kv_cache_scheme": None,
             "llmquant_method": method, "llmquant_scheme": scheme.to_dict(), "llmquant_version": __version__}

@@ -18,7 +18,7 @@ from ..core.qtensor import QuantizedWeight
 from ..core.scheme import QuantScheme
 from .names import anchored_patterns
 
-# %% ../../nbs/formats/gptq.ipynb #cad1aea8
+# %% ../../nbs/formats/gptq.ipynb #0bd14fc1
 class GPTQFormat(BaseFormat):
     "GPTQ's layout, symmetric, without activation order."
     name = "gptq"
@@ -27,10 +27,11 @@ class GPTQFormat(BaseFormat):
         container:str="auto", # "auto" or "dense": there is no other here
     ):
         if container not in ("auto", "dense"):
-            raise UsageError(f"format gptq has no container {container!r}; use container auto or format compressed_tensors")
+            raise UsageError(f"format gptq has no container {container!r}; use container auto or "
+                             "format compressed_tensors")
         self.container = container
 
-# %% ../../nbs/formats/gptq.ipynb #b455d8d5
+# %% ../../nbs/formats/gptq.ipynb #1d45cab6
 _GROUPS = 32, 64, 128
 
 @patch
@@ -40,10 +41,13 @@ def objection(self:GPTQFormat,
     in_features:int,    # K
 ) -> str:               # "" when vLLM loads it, else why not and what to use instead
     "Why vLLM would not load a layer of this shape on this grid."
-    if scheme.bits not in (4, 8): return f"vLLM reads gptq at 4 and 8 bits only, not {scheme.bits}; use format compressed_tensors"
-    if not scheme.symmetric: return "vLLM reads gptq when it is symmetric only; use symmetric or format compressed_tensors"
+    if scheme.bits not in (4, 8):
+        return f"vLLM reads gptq at 4 and 8 bits only, not {scheme.bits}; use format compressed_tensors"
+    if not scheme.symmetric:
+        return "vLLM reads gptq when it is symmetric only; use symmetric or format compressed_tensors"
     if scheme.granularity == "group" and scheme.group_size not in _GROUPS:
-        return f"vLLM reads gptq with groups of 32, 64, 128 or -1, not {scheme.group_size}; use format compressed_tensors"
+        return (f"vLLM reads gptq with groups of 32, 64, 128 or -1, not {scheme.group_size}; "
+                "use format compressed_tensors")
     if in_features % scheme.width(in_features):
         return f"group_size {scheme.group_size} does not divide in_features {in_features}; use one that does, or -1"
     step = 32 if scheme.bits == 4 else 4

@@ -82,7 +82,7 @@ def read_safetensors(
         raise UsageError(f"{index}: tensor {sorted(stray)[0]} is not where the index says")
     return tensors
 
-# %% ../../nbs/formats/unpackers.ipynb #6a1cf1a4
+# %% ../../nbs/formats/unpackers.ipynb #a6e953b7
 class Unpacked(NamedTuple):
     "A weight as an export holds it."
     codes: np.ndarray  # uint8 [out_features, in_features]
@@ -92,7 +92,8 @@ class Unpacked(NamedTuple):
 
     def digest(self) -> str:
         "SHA-256 over codes, scales and zeros: the digest of the `QuantizedWeight` that was packed."
-        return hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in (self.codes, self.scales, self.zeros))).hexdigest()
+        parts = (np.ascontiguousarray(part).tobytes() for part in (self.codes, self.scales, self.zeros))
+        return hashlib.sha256(b"".join(parts)).hexdigest()
 
     def dequantize(self) -> np.ndarray: # float32 [out_features, in_features]
         "(codes - zeros) * scales in float32."
@@ -113,13 +114,13 @@ def _take(tensors:dict, name:str, dtypes:tuple, shape:tuple) -> np.ndarray:
         raise ProofError(f"{name}: is {dtype} {list(found)}, must be {' or '.join(dtypes)} {list(shape)}")
     return np.frombuffer(data, dtype=_NUMPY[dtype]).reshape(shape)
 
-# %% ../../nbs/formats/unpackers.ipynb #4f098628
+# %% ../../nbs/formats/unpackers.ipynb #28230e18
 _SCALES = "F16", "BF16", "F32"
 
 def _unpack_compressed_tensors(tensors:dict, layer:str, config:dict, columns:int, rows:int, groups:int) -> Unpacked:
     "pack-quantized: streams along rows, zero points in streams down the columns."
-    group, = config["config_groups"].values()
-    stored, symmetric, bits = group["weights"]["num_bits"], group["weights"]["symmetric"], config["llmquant_scheme"]["bits"]
+    weights, bits = config["config_groups"]["group_0"]["weights"], config["llmquant_scheme"]["bits"]
+    stored, symmetric = weights["num_bits"], weights["symmetric"]
     words = lambda count: (count * stored + 31) // 32
     packed = _take(tensors, f"{layer}.weight_packed", ("I32",), (rows, words(columns)))
     shape = _take(tensors, f"{layer}.weight_shape", ("I64",), (2,))
@@ -131,7 +132,8 @@ def _unpack_compressed_tensors(tensors:dict, layer:str, config:dict, columns:int
         codes -= np.uint8(2**(stored - 1) - 2**(bits - 1))
         zeros = np.full((rows, groups), 2**(bits - 1), np.uint8)
     else:
-        zeros = stream_codes(_take(tensors, f"{layer}.weight_zero_point", ("I32",), (words(rows), groups)).T, stored, rows).T
+        packed_zeros = _take(tensors, f"{layer}.weight_zero_point", ("I32",), (words(rows), groups))
+        zeros = stream_codes(packed_zeros.T, stored, rows).T
     return Unpacked(codes, scales, tensors[f"{layer}.weight_scale"].dtype, zeros)
 
 # %% ../../nbs/formats/unpackers.ipynb #e7ebea9c
@@ -155,7 +157,7 @@ def _unpack_awq(tensors:dict, layer:str, config:dict, columns:int, rows:int, gro
     scales = _take(tensors, f"{layer}.scales", _SCALES, (groups, rows))
     return Unpacked(interleaved_codes(packed).T, scales.T, tensors[f"{layer}.scales"].dtype, interleaved_codes(zeros).T)
 
-# %% ../../nbs/formats/unpackers.ipynb #786d480b
+# %% ../../nbs/formats/unpackers.ipynb #a5d2704f
 _LAYOUTS = {"compressed-tensors": _unpack_compressed_tensors, "gptq": _unpack_gptq, "awq": _unpack_awq}
 
 def unpack_layer(
@@ -168,8 +170,8 @@ def unpack_layer(
     "One weight out of an export; `ProofError` when its tensors are not as the layout prescribes."
     method, scheme = quantization_config.get("quant_method"), quantization_config.get("llmquant_scheme")
     if method not in _LAYOUTS or scheme is None:
-        raise UsageError(f"quantization_config with quant_method {method!r}{'' if scheme else ' and no llmquant_scheme'} "
-                         f"is no export of ours; its quant_method must be one of {', '.join(_LAYOUTS)}")
+        raise UsageError(f"quantization_config with quant_method {method!r} {'and' if scheme else 'without'} "
+                         f"llmquant_scheme is no export of ours; its quant_method must be one of {', '.join(_LAYOUTS)}")
     groups = in_features // scheme["group_size"] if scheme["granularity"] == "group" else 1
     u = _LAYOUTS[method](tensors, layer, quantization_config, in_features, out_features, groups)
     return u._replace(**{k: np.ascontiguousarray(getattr(u, k)) for k in ("codes", "scales", "zeros")})
