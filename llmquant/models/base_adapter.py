@@ -12,11 +12,11 @@ from pathlib import Path
 # %% ../../nbs/models/base_adapter.ipynb #9a22df8a
 from torch import Tensor, nn
 
-# %% ../../nbs/models/base_adapter.ipynb #7470a9a1
+# %% ../../nbs/models/base_adapter.ipynb #4d824a0e
 from ..core.errors import UsageError, closest
 from .sites import (TIED, LinearSite, module_of, number_of_blocks, sites_by_names, split_block,
                                    text_config)
-from .skeleton import checkpoint_names, find_blocks, on_disk, saved_state, sites_by_skeleton
+from .skeleton import find_blocks, module_names, on_disk, saved_state, sites_by_skeleton
 
 # %% ../../nbs/models/base_adapter.ipynb #1b6a907c
 def group_sites(
@@ -69,7 +69,7 @@ class Architecture:
         "Whether a tensor keeps its own dtype whatever the export's is."
         return any(part in name for part in self.keep)
 
-# %% ../../nbs/models/base_adapter.ipynb #9946bffa
+# %% ../../nbs/models/base_adapter.ipynb #f0de3bb1
 def find_module(
     model: nn.Module, # transformers model
     name: str,        # module name in memory or in the checkpoint
@@ -77,8 +77,7 @@ def find_module(
     "The module called `name`; UsageError with the closest name when there is none."
     modules = dict(model.named_modules())
     if name in modules: return modules[name]
-    moved = {module_of(disk): module_of(memory) for memory, disk in checkpoint_names(model).items() if disk}
-    if moved.get(name) in modules: return modules[moved[name]]
+    if (moved := module_names(model).get(name)) is not None: return modules[moved]
     raise UsageError(f"{type(model).__name__} has no module {name!r}; named_modules() lists those that it has"
                      f"{closest(name, modules)}")
 
@@ -93,13 +92,13 @@ def read_quantization(
         raise UsageError(f"{type(model).__name__} has no quantization_config in its config; quantize it before saving")
     return found
 
-# %% ../../nbs/models/base_adapter.ipynb #f42845cd
+# %% ../../nbs/models/base_adapter.ipynb #9d73e1ce
 def describe(
     adapter,     # BaseHuggingFaceAdapter
 ) -> dict:       # plain values
     "What is known about a family, and about the checkpoint or model that was looked at last."
-    info = {"model_type": adapter.model_type, "adapter": type(adapter).__name__, "model_types": list(adapter.model_types),
-            "fused": [list(group) for group in adapter.fused], "blocks": adapter.blocks or None}
+    info = {"model_type": adapter.model_type, "adapter": type(adapter).__name__, "blocks": adapter.blocks or None,
+            "model_types": list(adapter.model_types), "fused": [list(group) for group in adapter.fused]}
     if config := adapter.seen.get("config"):
         known = text_config(config)
         info |= {"config_model_type": config.get("model_type"), "architectures": config.get("architectures"),
@@ -124,7 +123,7 @@ def explain(
             else "embedding" if len(shape) > 1 else "bias" if name.endswith("bias") else "norm or other vector"
             for name, shape in shapes.items()}
 
-# %% ../../nbs/models/base_adapter.ipynb #4f023bf9
+# %% ../../nbs/models/base_adapter.ipynb #0e16b2a2
 class BaseHuggingFaceAdapter(Architecture):
     "Knows one family of architectures; this class itself serves every causal language model of transformers."
     trust_remote_code = False         # what vllm_config.json says: the recipe's value
@@ -147,12 +146,17 @@ class BaseHuggingFaceAdapter(Architecture):
         "What `save_pretrained` would write: checkpoint name -> tensor (possibly a view); of a QuantLinear its bias."
         return on_disk(model, saved_state(model))
 
-    def vllm_config(self, config: dict, quantization_config: dict, dtype: str) -> dict: # config.json; its part; "float16"
+    def vllm_config(self,
+        config: dict,              # config.json, parsed
+        quantization_config: dict, # the part that vLLM reads
+        dtype: str,                # the export's, such as "float16"
+    ) -> dict:
         "The three sections of vllm_config.json."
         kind = config.get("model_type") if self.model_type == "default" else self.model_type
         trust = self.trust_remote_code
-        return {"model": {"type": kind, "trust_remote_code": trust, "dtype": dtype, "quantization": quantization_config},
-                "tokenizer": {"type": kind, "trust_remote_code": trust}, "quantization": quantization_config}
+        model = {"type": kind, "trust_remote_code": trust, "dtype": dtype, "quantization": quantization_config}
+        return {"model": model, "tokenizer": {"type": kind, "trust_remote_code": trust},
+                "quantization": quantization_config}
 
     def _save_vllm_config(self, model: nn.Module, output_path: Path): # quantized model; folder that exists
         "Write vllm_config.json into `output_path`."
@@ -160,7 +164,11 @@ class BaseHuggingFaceAdapter(Architecture):
         text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
         (Path(output_path)/"vllm_config.json").write_text(text, encoding="utf-8")
 
-    def save_quantized(self, model: nn.Module, path: str|Path, source: str|Path|None = None): # source: side files' origin
-        "Write a quantized model as a checkpoint that vLLM loads; `source` is the checkpoint it came from."
-        from llmquant.core.walk import export_model
+    def save_quantized(self,
+        model: nn.Module,            # quantized transformers model
+        path: str|Path,              # folder to write
+        source: str|Path|None = None,# checkpoint that tokenizer and other side files come from
+    ):
+        "Write a quantized model as a checkpoint that vLLM loads."
+        from llmquant.export import export_model
         return export_model(model, self, Path(path), source)
