@@ -102,7 +102,7 @@ def pack(self:CompressedTensorsFormat,
         tensors["weight_zero_point"] = pack_bits(weight.zeros.T.contiguous(), stored).T.contiguous()
     return {f"{layer}.{name}": tensor for name, tensor in tensors.items()}
 
-# %% ../../nbs/formats/compressed_tensors.ipynb #d658a0ea
+# %% ../../nbs/formats/compressed_tensors.ipynb #43eb56a8
 @patch
 def unpack(self:CompressedTensorsFormat,
     layer:str,                  # Module name
@@ -114,7 +114,7 @@ def unpack(self:CompressedTensorsFormat,
     stored = self.stored_bits(scheme)
     codes = unpack_bits(tensors[f"{layer}.weight_packed"], stored, in_features) - self.code_shift(scheme)
     scales = tensors[f"{layer}.weight_scale"]
-    if scheme.symmetric: zeros = torch.full(scales.shape, scheme.middle, dtype=torch.uint8)
+    if scheme.symmetric: zeros = torch.full_like(scales, scheme.middle, dtype=torch.uint8)
     else: zeros = unpack_bits(tensors[f"{layer}.weight_zero_point"].T.contiguous(), stored, len(scales)).T.contiguous()
     return QuantizedWeight(codes, scales, zeros, scheme)
 
