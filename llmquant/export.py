@@ -78,7 +78,7 @@ def _by_reason(layers:Iterable[LayerPlan]) -> dict[str, list[str]]:
     for layer in layers: groups.setdefault(layer.reason, []).append(layer.name)
     return groups
 
-# %% ../nbs/export.ipynb #d82b6a75
+# %% ../nbs/export.ipynb #d75862de
 def make_report(
     plan:Plan,                    # What was done
     results:list[LayerResult],    # What each layer gave
@@ -92,7 +92,7 @@ def make_report(
             "scheme": plan.scheme.to_dict() if plan.scheme else None,
             "format": {"name": plan.format.name if plan.format else None, "dtype": dtype_name(plan.dtype),
                        "quant_method": plan.quantization_config.get("quant_method")},
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
             "sizes": plan.sizes(), "peak_memory_mib": peak_memory_mib(), "layers": layers, "left_in_float": _by_reason(plan.ignored),
             "proof": {"digests": {r.layer.name: r.digest for r in results},
                       "promises_step": promises_step}}
@@ -105,7 +105,7 @@ def to_yaml(report:dict) -> str:
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
     return yaml.dump(report, Dumper=dumper, sort_keys=False, allow_unicode=True, width=160)
 
-# %% ../nbs/export.ipynb #19b56607
+# %% ../nbs/export.ipynb #b1561818
 def write_export(
     plan:Plan,             # What to do; `check_servable` has passed
     adapter,               # Of this model
@@ -125,7 +125,7 @@ def write_export(
         writer.copy_side_files(list(side_files))
         exported = export_config(config, plan)
         writer.write_json("config.json", exported)
-        adapter._save_vllm_config(ExportedModel(exported, plan.dtype), writer.folder)
+        if plan.quantized: adapter._save_vllm_config(ExportedModel(exported, plan.dtype), writer.folder)
         seconds = {"wall": round(time.perf_counter() - start, 3), "cpu": round(time.process_time() - cpu, 3)}
         report = make_report(plan, results, promises_step, {**facts, "seconds": seconds})
         writer.write_text(REPORT, to_yaml(report))
