@@ -129,7 +129,7 @@ def test_float32_becomes_float16_unless_told(tmp_path):
         llmquant.quantize(source, tmp_path / "full", bits=4, group_size=32, torch_dtype="float32")
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 def test_transformers_loads_compressed_tensors(kind, tmp_path):
     source = tiny.make(kind, tmp_path / "base")
     llmquant.quantize(source, tmp_path / "out", bits=4, group_size=32)
@@ -227,13 +227,12 @@ def test_third_partys_quantizer_is_a_method_with_known_options(third_party, base
     assert done.returncode == 2 and "did you mean" in done.stderr and not (tmp_path / "no").exists()
 
 
-def break_nothing(path): return "--group-size", 32
 def missing(path): return "--model-path", path / "nowhere"
 def no_checkpoint(path): [f.unlink() for f in path.iterdir()]
 def missing_shard(path): next(path.glob("model-00002*")).unlink()
 def truncated(path): os.truncate(next(path.glob("model-00001*")), 20_000)
 def unsupported_bits(path): return "--bits", 5
-def not_dividing(path): return "--group-size", 48
+def not_dividing(path): return "--group-size", 256
 def unknown_method(path): return "--method", "gptk"
 def unknown_suppressor(path): return "--outlier-suppression", "smoth_quant"
 def missing_layer(path): return "--layers", "0,9"
@@ -284,7 +283,8 @@ def test_bad_input_is_one_line_and_nothing_is_written(spoil, says, base, tmp_pat
     before = {p.name for p in tmp_path.iterdir()}
     done = run(os.environ, *[word for pair in arguments.items() for word in pair])
     assert done.returncode == 2 and says in done.stderr, done.stderr
-    assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    lines = [line for line in done.stderr.strip().splitlines() if " INFO " not in line]
+    assert "Traceback" not in done.stderr and len(lines) == 1, done.stderr
     assert {p.name for p in tmp_path.iterdir()} == before
 
 

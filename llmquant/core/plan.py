@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['export_dtype', 'LayerPlan', 'Plan', 'nbytes', 'make_plan']
 
-# %% ../../nbs/core/plan.ipynb #fccee67e
+# %% ../../nbs/core/plan.ipynb #3d2772fe
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
+from math import gcd, prod
 from fastcore.basics import patch
 import torch
 from .errors import UsageError
@@ -89,14 +89,16 @@ def sizes(self:Plan) -> dict[str, int]: # Bytes
     return {"checkpoint": self.stored_bytes, "export": nbytes(self.layout), "quantized_layers": linear,
             "quantized_layers_in_float": as_float}
 
-# %% ../../nbs/core/plan.ipynb #0bf96127
+# %% ../../nbs/core/plan.ipynb #10d8c4e1
 def _layer_plans(sites:Iterable, scheme:QuantScheme|None, blocks:set|None) -> tuple[LayerPlan, ...]:
     "The adapter's sites with their schemes."
+    sites = list(sites)
+    common = gcd(*(s.in_features for s in sites if s.quantize))
     def one(site):
         reason = site.reason if not site.quantize else ""
         if not reason and scheme is None: reason = "16 bits"
         if not reason and blocks is not None and site.block not in blocks: reason = "not among the layers asked for"
-        if not reason: scheme.check(site.name, site.in_features)
+        if not reason: scheme.check(site.name, site.in_features, common)
         return LayerPlan(site.name, site.out_features, site.in_features, site.block, None if reason else scheme, reason)
     return tuple(one(s) for s in sorted(sites, key=lambda s: natural_key(s.name)))
 

@@ -89,15 +89,16 @@ def dividing_groups(
     "Group sizes that people use and that divide `in_features`."
     return [g for g in range(32, 257, 32) if in_features % g == 0]
 
-# %% ../../nbs/core/scheme.ipynb #e5885c2b
+# %% ../../nbs/core/scheme.ipynb #1760bae4
 @patch
 def check(self:QuantScheme,
     layer:str,       # The layer's name, for the message
     in_features:int, # Its columns
+    common:int=0,    # What a group must divide to fit every layer of the model; only this layer when 0
 ):
     "Raise `UsageError` when the group does not divide `in_features`."
     if self.granularity != "group" or in_features % self.group_size == 0: return
-    fits = ", ".join(map(str, dividing_groups(in_features)))
+    fits = ", ".join(map(str, dividing_groups(common or in_features)))
     raise UsageError(f"layer {layer}: group_size {self.group_size} does not divide in_features {in_features}; use "
                      f"{fits + ' or ' if fits else ''}-1 (per channel)")
 
