@@ -1,0 +1,315 @@
+"The front door: the guide's YAML and commands as they stand, bad input, exit status. No model is needed here."
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import llmquant
+from llmquant import cli
+from llmquant.core.errors import ProofError, UsageError
+from llmquant.core.options import SYMMETRIC, Option
+from llmquant.core.quantizer_registry import BaseQuantizer, QuantizerRegistry
+from llmquant.utils.config import recipe_to_dict, resolve
+from llmquant.utils.recipe_keys import KEYS
+
+ROOT = Path(__file__).parents[1]
+
+HQQ = """
+# HQQ量化配置文件
+quantization:
+  method: "hqq"
+  bits: 4
+  group_size: 128
+  layer_wise: false
+  outlier_suppression: null
+  
+  # HQQ特定参数
+  hqq:
+    # 添加HQQ特定的配置参数
+    pass
+
+model:
+  trust_remote_code: true
+  device_map: "auto"
+  torch_dtype: "float16"
+
+calibration:
+  dataset: null
+  num_samples: 100
+  batch_size: 1
+  max_length: 2048
+
+output:
+  save_format: "safetensors"
+  save_quantization_config: true
+"""
+MINMAX = """
+quantization:
+  method: "minmax"
+  bits: 8
+  group_size: 0  # 0表示不使用分组
+  
+  minmax:
+    symmetric: false      # 是否使用对称量化
+    per_channel: false    # 是否使用逐通道量化
+    dynamic_range: "minmax"  # 动态范围计算方式
+"""
+CUSTOM = """
+quantization:
+  method: "custom"
+  custom_param1: "value1"
+  custom_param2: "value2"
+"""
+
+
+@pytest.fixture
+def dummies():
+    "Two methods that the guide mentions; its hqq takes no option of its own, its custom one takes two texts."
+    class Dummy(BaseQuantizer):
+        def quantize_weight(self, weight, stats, scheme): return None
+
+    class HQQ(Dummy):
+        name, supported_bits = "hqq", (2, 3, 4, 8)
+
+    class Custom(Dummy):
+        name, data_free = "custom", False
+        options = (SYMMETRIC, Option("custom_param1", str, "a"), Option("custom_param2", str, "b"))
+
+    registry = QuantizerRegistry._registry
+    registry.names()
+    before = dict(registry.classes), dict(registry.patterns)
+    QuantizerRegistry.register("hqq", HQQ)
+    QuantizerRegistry.register("custom", Custom)
+    yield
+    registry.classes, registry.patterns = before
+
+
+def recipe(text, tmp_path, command_line=None):
+    "What `resolve` makes of YAML text."
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return resolve(command_line, config_path=path)
+
+
+@pytest.mark.parametrize(("text", "expected", "options", "given"), [
+    (HQQ, dict(method="hqq", bits=4, group_size=128, layer_wise=False, outlier_suppression=(), trust_remote_code=True,
+               device_map="auto", torch_dtype="float16", save_format="safetensors", save_quantization_config=True,
+               calibration=dict(dataset=None, num_samples=100, batch_size=1, max_length=2048)),
+     dict(symmetric=False), 14),
+    (MINMAX, dict(method="minmax", bits=8, group_size=0),
+     dict(symmetric=False, per_channel=False, dynamic_range="minmax"), 6),
+    (CUSTOM, dict(method="custom", bits=4), dict(custom_param1="value1", custom_param2="value2"), 3),
+], ids=["hqq", "minmax", "custom"])
+def test_guide_yaml(text, expected, options, given, tmp_path, dummies):
+    "Every YAML block of the guide parses as it stands, and each of its keys arrives."
+    found = recipe(text, tmp_path)
+    assert {key: getattr(found, key) for key in expected} == expected
+    assert {key: found.options[key] for key in options} == options
+    assert sum(origin.startswith("file ") for origin in found.origins.values()) == given
+    assert json.loads(json.dumps(recipe_to_dict(found)))["bits"]["value"] == expected["bits"]
+
+
+def test_every_key_of_a_block_matters(tmp_path, dummies):
+    "No key of the guide's blocks is decoration: misspelling any one of them is refused, by file, line and name."
+    for block in HQQ, MINMAX, CUSTOM:
+        for number, line in enumerate(block.splitlines(), 1):
+            key = line.split("#")[0].partition(":")[0].strip()
+            if ":" not in line.split("#")[0]:
+                continue
+            text = block.replace(line, line.replace(key, key + "zzz", 1), 1)
+            if key == "method":   # without it minmax is chosen, and the misspelt key is unknown to it
+                text = text.replace("custom_param", "#")
+            with pytest.raises(UsageError) as error:
+                recipe(text, tmp_path)
+            assert f"recipe.yaml:{number}: " in str(error.value) and f"{key}zzz" in str(error.value), str(error.value)
+
+
+def test_shared_file(tmp_path, dummies):
+    "A file may hold sections of several methods: the chosen one's counts, the others' are checked all the same."
+    text = "quantization: {minmax: {symmetric: true}, hqq: pass, custom: {custom_param1: x}}"
+    assert recipe(text, tmp_path).options["symmetric"] is True
+    chosen = recipe(text, tmp_path, {"method": "custom"})
+    assert (chosen.options["custom_param1"], chosen.options["symmetric"]) == ("x", False)
+    with pytest.raises(UsageError, match="custom_param1: 3 is int"):
+        recipe(text.replace(": x", ": 3"), tmp_path)
+    with pytest.raises(UsageError, match="quantization.awq: unknown key"):
+        recipe("quantization: {awq: {}}", tmp_path)
+
+
+def test_unregistered_method(tmp_path):
+    "Before hqq exists, its file is refused because of the method, not because of its section."
+    if "hqq" in QuantizerRegistry.list_quantizers():
+        pytest.skip("hqq exists by now")
+    with pytest.raises(UsageError, match="unknown method 'hqq'"):
+        recipe(HQQ, tmp_path)
+
+
+def test_calibration_dataset(tmp_path, dummies):
+    "A dataset is refused by data-free methods and taken by the others; the command line overrules the file."
+    text = "calibration: {dataset: wikitext}"
+    with pytest.raises(UsageError, match="minmax needs no calibration data; remove calibration.dataset"):
+        recipe(text, tmp_path)
+    assert recipe(text, tmp_path, {"method": "custom"}).calibration["dataset"] == "wikitext"
+    assert recipe(text, tmp_path, {"calibration.dataset": None}).calibration["dataset"] is None
+
+
+def test_precedence(tmp_path):
+    "Command line over YAML over default, key by key, and `origins` says so."
+    found = recipe("quantization: {bits: 8, group_size: 64, minmax: {symmetric: true}}", tmp_path, {"bits": 3})
+    assert (found.bits, found.group_size, found.seed, found.options["symmetric"]) == (3, 64, 0, True)
+    origins = [found.origins[key] for key in ("bits", "group_size", "seed", "options.symmetric")]
+    assert origins == ["command line", f"file {tmp_path}/recipe.yaml", "default", f"file {tmp_path}/recipe.yaml"]
+
+
+def test_supported_bits_is_a_value_error():
+    "The guide's promise: a width that is not supported raises ValueError, which names the list."
+    with pytest.raises(ValueError, match="2, 3, 4, 8, 16"):
+        resolve({"bits": 5})
+    assert resolve({"bits": 16}).bits == 16
+
+
+def test_committed_config(tmp_path):
+    "configs/minmax_config.yaml is the guide's block."
+    path = ROOT / "configs" / "minmax_config.yaml"
+    assert path.read_text(encoding="utf-8").strip() == MINMAX.strip()
+    assert resolve(config_path=path).bits == 8
+
+
+BAD = {
+    "": "nothing to do",
+    "quantise --bits 4": "did you mean 'quantize'?",
+    "MODEL --bitz 4": "did you mean '--bits'?",
+    "--model-pth m --output-path o": "did you mean '--model-path'?",
+    "--bits 4": "--model-path and --output-path must be given",
+    "check --bits 4": "--model-path must be given",
+    "MODEL --bits": "--bits: expected one argument",
+    "MODEL --bits four": "--bits: 'four' is str",
+    "MODEL --bits 5": "2, 3, 4, 8",
+    "MODEL --bits true": "True is bool",
+    "MODEL --group-size -2": "--group-size: -2",
+    "MODEL --layers 3-1": "write 1-3",
+    "MODEL --layers 0 --no-layer-wise": "contradict",
+    "MODEL --method gtpq": "unknown method 'gtpq'; known: ",
+    "MODEL --format gguf": "unknown format 'gguf'; known: ",
+    "MODEL --outlier-suppression smooth": "unknown outlier suppressor 'smooth'",
+    "MODEL --calibration-dataset wikitext": "minmax needs no calibration data; remove --calibration-dataset",
+    "MODEL --device gpu": "'gpu' is no device",
+    "MODEL --container zip": "'zip' is not one of",
+    "MODEL --max-shard-size big": "'big' is no size",
+    "MODEL --seed -1": "--seed: -1",
+    "MODEL --set quantization.minmax.symetric=true": "did you mean 'quantization.minmax.symmetric'?",
+    "MODEL --set model.torch_dtype=float61": "float61",
+    "MODEL --set symmetric": "KEY=VALUE",
+    "MODEL --config nowhere.yaml": "nowhere.yaml: No such file",
+    "MODEL --verify=yes": "--verify",
+    "verify out": "--reference",
+    "verify out --reference base --bound 0": "no positive number",
+    "info": "PATH",
+    "list --everything": "unknown argument --everything",
+}
+
+
+@pytest.mark.parametrize("text", BAD, ids=lambda text: text or "nothing")
+def test_bad_input(text, capsys, tmp_path, monkeypatch):
+    "Exit status 2, one line on stderr, nothing on stdout, nothing written."
+    monkeypatch.chdir(tmp_path)
+    status = cli.main(text.replace("MODEL", "--model-path m --output-path o").split())
+    out, err = capsys.readouterr()
+    assert (status, out) == (2, "")
+    assert err.startswith("llmquant: error: ") and err.count("\n") == 1 and BAD[text] in err
+    assert not list(tmp_path.iterdir())
+
+
+BAD_FILES = {
+    "quantization:\n  bitz: 4": "r.yaml:2: quantization.bitz: unknown key",
+    "quantization:\n\tbits: 4": "r.yaml:2: ",
+    "quantization:\n  bits: 4\n  bits: 8": "r.yaml:3: quantization.bits is given twice, first in line 2",
+    "- bits": "the top level is list",
+    "quantization: [bits]": "must be a section",
+    "quantization: {bits: '8'}": "'8' is str, must be int",
+    "quantization: {bits: 8.0}": "8.0 is float, must be int",
+    "quantization: {sym: true, zero_point: true}": "contradict",
+    "quantization: {sym: true, minmax: {symmetric: false}}": "contradict",
+    "model: {device_map: {'': 0}}": "no device",
+    "output: {save_quantization_config: false}": "vLLM could not load",
+    "output: {save_format: pytorch}": "safetensors",
+    "calibration: {batch_size: 0}": "at least 1",
+    "quantization: {bits: null}": "None",
+}
+
+
+@pytest.mark.parametrize("text", BAD_FILES)
+def test_bad_file(text, capsys, tmp_path, monkeypatch):
+    "The same for a recipe file, whose name is in the message."
+    monkeypatch.chdir(tmp_path)
+    Path("r.yaml").write_text(text)
+    status = cli.main(["--model-path", "m", "--output-path", "o", "--config", "r.yaml"])
+    out, err = capsys.readouterr()
+    assert (status, out) == (2, "")
+    assert err.startswith("llmquant: error: r.yaml:") and err.count("\n") == 1 and BAD_FILES[text] in err, err
+    assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]
+
+
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), 130), (ProofError("mean KL 0.3"), 1),
+                                               (UsageError("no"), 2)], ids=lambda x: type(x).__name__)
+def test_exit_status(error, status, monkeypatch, capsys):
+    "Ctrl-C, a failed proof and a refusal end differently."
+    def run(recipe): raise error
+    monkeypatch.setattr("llmquant.pipeline.run", run)
+    assert cli.main(["--model-path", "m", "--output-path", "o"]) == status
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_bugs_keep_their_traceback(monkeypatch):
+    "An error that is nobody's input is not swallowed."
+    def run(recipe): raise ZeroDivisionError
+    monkeypatch.setattr("llmquant.pipeline.run", run)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["--model-path", "m", "--output-path", "o", "--verbose"])
+
+
+def test_flags_reach_the_recipe(monkeypatch, capsys):
+    "The guide's flags, and ours, one by one."
+    seen = []
+    report = {"method": "minmax", "sizes": {"checkpoint": 10, "export": 3}, "layers": {}, "left_in_float": {}}
+    monkeypatch.setattr("llmquant.pipeline.run", lambda recipe: seen.append(recipe) or report)
+    text = ("--verbose --model-path a --output-path b --method minmax --bits 8 --group-size -1 --layer-wise "
+            "--layers 0,2-3 --outlier-suppression none --calibration-dataset none --format compressed-tensors "
+            "--container dense --verify --overwrite --seed 7 --device cpu --max-shard-size 1GB "
+            "--set quantization.zero_point=false")
+    assert cli.main(text.split()) == 0
+    expected = dict(verbose=True, model_path="a", output_path="b", method="minmax", bits=8, group_size=-1,
+                    layer_wise=True, layers=(0, 2, 3), outlier_suppression=(), format="compressed_tensors",
+                    container="dense", verify=True, overwrite=True, seed=7, device_map="cpu", max_shard_size=10**9)
+    assert {key: getattr(seen[0], key) for key in expected} == expected
+    assert seen[0].options["symmetric"] is True and seen[0].calibration["dataset"] is None
+    flags = {key.flag for key in KEYS if key.flag}
+    assert flags <= set(text.split()), flags - set(text.split())
+    assert "0.300 of the checkpoint's" in capsys.readouterr().out
+
+
+def shell(*command, **kwargs):
+    "Run a command as a user does."
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env, timeout=300, **kwargs)
+
+
+def test_quantize_script(tmp_path):
+    "The guide's own command, from any folder, with a model that is not there."
+    done = shell(str(ROOT / "quantize.py"), "--model-path", "/path/to/model", "--output-path", "out", "--method",
+                 "minmax", "--bits", "8", "--config", str(ROOT / "configs" / "minmax_config.yaml"), cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert "/path/to/model" in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_version_is_fast(tmp_path):
+    "`--version` and a mistyped flag answer without torch."
+    probe = "import sys\nfrom llmquant.cli import main\ntry: main(sys.argv[1:])\nfinally: print('torch' in sys.modules)"
+    done = shell("-c", probe, "--version", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"llmquant {llmquant.__version__}\nFalse\n"), done.stderr
+    done = shell("-c", probe, "--bitz", "4", cwd=tmp_path)
+    assert done.stdout == "False\n" and "did you mean '--bits'?" in done.stderr
