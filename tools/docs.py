@@ -1,0 +1,130 @@
+"""Build the documentation site (_docs/) and README.md from nbs/ and _quarto.yml, without the Quarto binary.
+
+nbdev processes the notebooks as it does for Quarto (API entries, hidden cells, links to names); smalldocs, a reader of
+_quarto.yml in pure Python, turns them into the site. Then every link of every page is followed.
+"""
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html import unescape
+from pathlib import Path
+from urllib.parse import unquote
+
+import yaml
+from execnb.nbio import read_nb, write_nb
+from nbdev.config import get_config
+from nbdev.doclinks import _build_modidx, nbglob
+from nbdev.processors import FilterDefaults
+from readme import readme
+
+KATEX_CDN = re.compile(r"https://cdn\.jsdelivr\.net/npm/katex@[\d.]+/dist")
+LINK = re.compile(r'(?:href|src)="([^"]+)"')
+
+
+def process(source, target):
+    "Process one notebook as nbdev does before it calls Quarto."
+    notebook = read_nb(source)
+    FilterDefaults()(notebook)
+    front = notebook.cells[0]
+    if front.cell_type == "raw":
+        front.source = re.sub(r"^output-file:.*\n", "", front.source, flags=re.M)
+    write_nb(notebook, target)
+
+
+def process_all(nbs, target):
+    "Process all notebooks, each in a process of its own: they register into the same registries."
+    import torch  # noqa: F401  once, before the forks, not once in each
+
+    os.environ.update(IN_TEST="1", TQDM_DISABLE="1", MPLBACKEND="agg")
+    for source in sorted(nbglob(nbs, file_glob="", as_path=True)):
+        place = target / source.relative_to(nbs)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if source.suffix != ".ipynb":
+            shutil.copy(source, place)
+            continue
+        child = os.fork()
+        if child == 0:
+            process(source, place)
+            os._exit(0)
+        if os.waitpid(child, 0)[1]:
+            sys.exit(f"{source}: could not be processed")
+
+
+def listed(contents):
+    "The pages that a sidebar names."
+    for item in contents:
+        if isinstance(item, str):
+            yield item
+        elif "href" in item:
+            yield item["href"]
+        else:
+            yield from listed(item.get("contents", []))
+
+
+def unlisted(cfg, quarto):
+    "Notebooks that no sidebar names: nobody would find them."
+    sidebars = quarto["website"]["sidebar"]
+    sidebars = sidebars if isinstance(sidebars, list) else [sidebars]
+    known = {page for sidebar in sidebars for page in listed(sidebar["contents"])}
+    pages = [p.relative_to(cfg.nbs_path).as_posix() for p in nbglob(cfg.nbs_path, as_path=True)]
+    return [f"{page}: in no sidebar of _quarto.yml" for page in sorted(pages) if page not in known]
+
+
+def make_relative(out, site, katex):
+    "Turn nbdev's absolute links, and with `katex` the address of KaTeX, into relative ones at every depth."
+    for page in out.rglob("*.html"):
+        up = "../" * (len(page.relative_to(out).parts) - 1)
+        text = page.read_text(encoding="utf-8").replace(f'href="{site}', f'href="{up or "./"}')
+        page.write_text(KATEX_CDN.sub(f"{up}site_libs/katex", text) if katex else text, encoding="utf-8")
+    if katex:
+        shutil.copytree(katex, out / "site_libs/katex")
+
+
+def broken_links(out):
+    "Links of the site that lead nowhere: a missing file, or a missing place in a page."
+    ids = {page: set(re.findall(r'\bid="([^"]+)"', page.read_text(encoding="utf-8"))) for page in out.rglob("*.html")}
+    for page in sorted(ids):
+        for link in sorted(set(LINK.findall(page.read_text(encoding="utf-8")))):
+            link = unquote(unescape(link))
+            if re.match(r"[a-z]+:|//", link):
+                continue
+            name, _, place = link.partition("#")
+            target = (page.parent / name.partition("?")[0]).resolve() if name else page
+            target = target / "index.html" if target.is_dir() else target
+            if not target.exists() or (place and target in ids and place not in ids[target]):
+                yield f"{page.relative_to(out)}: the link {link} leads nowhere"
+
+
+def main():
+    "Build the site and README.md."
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--strict", action="store_true", help="fail on any warning, unlisted page or broken link")
+    parser.add_argument("--katex", type=Path, help="a folder with KaTeX's dist, to serve formulas without a network")
+    given = parser.parse_args()
+    cfg = get_config()
+    root, processed, out = Path(cfg.config_path), Path(cfg.config_path) / "_proc", Path(cfg.doc_path)
+    site = f"{cfg.doc_host}{cfg.doc_baseurl}/"
+    for folder in (processed, out):
+        shutil.rmtree(folder, ignore_errors=True)
+    _build_modidx()
+    process_all(cfg.nbs_path, processed)
+    quarto = root / "_quarto.yml"
+    shutil.copy(quarto, processed / "_quarto.yml")
+    text = readme(read_nb(processed / cfg.readme_nb), site, root / "images")
+    (root / "README.md").write_text(text, encoding="utf-8")
+    render = [Path(sys.executable).with_name("smalldocs"), "render", "--quiet", *["--strict"] * given.strict, processed]
+    done = subprocess.run(render)
+    if done.returncode:
+        sys.exit(done.returncode)
+    make_relative(processed / out.name, site, given.katex)
+    shutil.move(processed / out.name, out)
+    problems = [*unlisted(cfg, yaml.safe_load(quarto.read_text(encoding="utf-8"))), *broken_links(out.resolve())]
+    print("\n".join([*problems, f"{out.name}: {len(list(out.rglob('*.html')))} pages, {len(problems)} problems"]))
+    sys.exit(1 if given.strict and problems else 0)
+
+
+if __name__ == "__main__":
+    main()
