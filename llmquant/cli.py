@@ -118,16 +118,16 @@ def _info(arguments) -> str:
     from llmquant.summary import info_text
     return info_text(info(arguments.path))
 
-# %% ../nbs/cli.ipynb #811e41b7
+# %% ../nbs/cli.ipynb #52777a5c
 def _verify(arguments) -> str:
     "Prove an export: its bits against what was computed, its logits in vLLM against the dequantized model."
-    bound = parse_yaml(arguments.bound, "--bound")[0]
-    if type(bound) not in (int, float) or not isfinite(bound) or bound <= 0:
+    bound = None if arguments.bound is None else parse_yaml(arguments.bound, "--bound")[0]
+    if arguments.bound is not None and (type(bound) not in (int, float) or not isfinite(bound) or bound <= 0):
         raise UsageError(f"--bound: {arguments.bound!r} is no positive number; give a mean KL divergence such as 1e-4")
     from llmquant.evaluation.proof import verify
     from llmquant.summary import proof_text
-    found = verify(Path(arguments.export), Path(arguments.reference), bound=float(bound), stock=arguments.stock or None)
-    return proof_text(found)
+    return proof_text(verify(Path(arguments.export), arguments.reference, bound=bound, stock=arguments.stock or None,
+                             require_vllm=arguments.stock or bound is not None))
 
 # %% ../nbs/cli.ipynb #3b1f722a
 def _make_parser() -> tuple[_Parser, dict[str, _Parser]]: # The whole command, and each verb's parser
@@ -145,7 +145,7 @@ def _make_parser() -> tuple[_Parser, dict[str, _Parser]]: # The whole command, a
     _add_verify_flags(parsers["verify"])
     return parser, parsers
 
-# %% ../nbs/cli.ipynb #c2f735cb
+# %% ../nbs/cli.ipynb #fcf904a9
 _VERBS: dict[str, Callable] = {"quantize": _quantize, "check": _check, "verify": _verify, "info": _info, "list": _list}
 
 def _add_verify_flags(parser:argparse.ArgumentParser):
@@ -153,7 +153,7 @@ def _add_verify_flags(parser:argparse.ArgumentParser):
     parser.add_argument("export", metavar="EXPORT", help="the export's folder")
     parser.add_argument("--reference", metavar="MODEL", required=True, help="the checkpoint that it was made from")
     parser.add_argument("--stock", action="store_true", help="without the plugin, as vLLM does it alone")
-    parser.add_argument("--bound", metavar="KL", default="1e-4", help="largest mean KL divergence to accept (1e-4)")
+    parser.add_argument("--bound", metavar="KL", help="largest mean KL divergence to accept (1e-4, in bfloat16 2e-3)")
 
 # %% ../nbs/cli.ipynb #b52f4bbd
 def run_command(

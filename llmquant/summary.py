@@ -33,7 +33,7 @@ def human_bytes(
         count /= 1000
         if count < 999.5 or unit == "TB": return f"{count:.3g} {unit}"
 
-# %% ../nbs/summary.ipynb #eb72a2f2
+# %% ../nbs/summary.ipynb #8728719f
 def flat(
     values:Mapping[str, Any], # Possibly nested
     prefix:str="",            # Dotted path so far
@@ -45,7 +45,7 @@ def flat(
         elif value is None or value == []: continue
         elif isinstance(value, float): rows.append((prefix + name, f"{value:.4g}"))
         elif isinstance(value, (list, tuple)): rows.append((prefix + name, ", ".join(map(str, value))))
-        else: rows.append((prefix + name, str(value)))
+        else: rows.append((prefix + name, str(value) if value != "" and str(value).isprintable() else repr(value)))
     return rows
 
 # %% ../nbs/summary.ipynb #1743c304

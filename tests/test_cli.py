@@ -291,6 +291,24 @@ def test_flags_reach_the_recipe(monkeypatch, capsys):
     assert "0.300 of the checkpoint's" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("flags", "expected"), [
+    ("", dict(bound=None, stock=None, require_vllm=False)),
+    ("--stock", dict(bound=None, stock=True, require_vllm=True)),
+    ("--bound 1e-3", dict(bound=1e-3, stock=None, require_vllm=True))])
+def test_verify_flags(flags, expected, monkeypatch, capsys):
+    "What verify is asked for; without a bound the proof's own for the dtype holds."
+    seen = []
+
+    def verify(export, reference, **kwargs):
+        seen.append((str(export), str(reference), kwargs))
+        return {"vllm": {"mean_kl": 2e-6}}
+
+    monkeypatch.setattr("llmquant.evaluation.proof.verify", verify)
+    assert cli.main(f"verify out --reference org/name {flags}".split()) == 0
+    assert seen == [("out", "org/name", expected)]
+    assert capsys.readouterr().out == "vllm.mean_kl  2e-06\n"
+
+
 def shell(*command, **kwargs):
     "Run a command as a user does."
     env = os.environ | {"PYTHONPATH": str(ROOT)}
