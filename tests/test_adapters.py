@@ -169,3 +169,35 @@ def test_patterns_of_other_types_use_the_skeleton(checkpoints):
     config, tensors = read(checkpoints["gemma2"])
     sites = LlamaAdapter().linear_sites(config, shapes_of(tensors))     # as if a pattern had chosen it
     assert sum(site.quantize for site in sites) == LINEARS["gemma2"]
+
+
+@pytest.mark.parametrize("kind", ("llama", "qwen3_moe", "deepseek_v3", "gpt_neox"))
+def test_quantized_in_memory_keeps_everything_else(kind, checkpoints):
+    "After the in-memory door the adapter gives exactly the tensors of the checkpoint that were not quantized."
+    from llmquant.core.quantizer_registry import QuantizerRegistry
+    _, stored = read(checkpoints[kind])
+    model = tiny.build(kind)
+    adapter = ModelRegistry.for_config(model.config.to_dict())
+    sites = adapter.linear_sites(model.config.to_dict(), shapes_of(stored))
+    model = QuantizerRegistry.get("minmax")().quantize(model, bits=4, group_size=32)
+    quantized = {f"{site.name}.weight" for site in sites if site.quantize}
+    same(adapter.checkpoint_tensors(model), {name: tensor for name, tensor in stored.items() if name not in quantized})
+    for site in sites:
+        if site.quantize: assert "qweight" in dict(adapter.get_layer_by_name(model, site.name).named_buffers())
+
+
+@pytest.mark.parametrize("kind", ("qwen3", "deepseek_v3", "gemma2"))
+def test_saved_files_agree(kind, checkpoints, tmp_path):
+    "save_quantized writes a vllm_config.json that repeats config.json, and config.json ignores what stays in float."
+    from llmquant.core.quantizer_registry import QuantizerRegistry
+    model = QuantizerRegistry.get("minmax")().quantize(tiny.build(kind), bits=4, group_size=32)
+    adapter = ModelRegistry.for_config(model.config.to_dict())
+    adapter.save_quantized(model, tmp_path/"out", checkpoints[kind])
+    config, saved = (json.loads((tmp_path/"out"/name).read_text()) for name in ("config.json", "vllm_config.json"))
+    assert saved["quantization"] == saved["model"]["quantization"] == config["quantization_config"]
+    assert saved["model"]["type"] == {"qwen3": "qwen", "deepseek_v3": "deepseek", "gemma2": "gemma2"}[kind]
+    assert saved["model"]["dtype"] == config["dtype"] == "float16"
+    if kind == "deepseek_v3":
+        ignored = set(config["quantization_config"]["ignore"])
+        assert {"lm_head", "model.layers.1.mlp.gate", "model.layers.1.mlp.experts.7.up_proj"} <= ignored
+        assert "model.layers.1.mlp.shared_experts.up_proj" not in ignored
