@@ -56,23 +56,21 @@ def kinds(
     counts = Counter((re.sub(r"(?<=\.)\d+(?=\.)", "*", l.name), f"[{l.out_features}, {l.in_features}]") for l in layers)
     return [(name, shape, f"x {n}") for (name, shape), n in counts.items()]
 
-# %% ../nbs/summary.ipynb #5a8bf858
-def _dense_bytes(
-    plan:Any,  # A plan
-) -> int|None: # Bytes of its quantized layers as dense streams; None where that is what they are
-    "What 2- and 3-bit codes would take without their 4-bit slots."
-    if not plan.quantized or plan.scheme.bits not in (2, 3): return None
-    from llmquant.core.plan import nbytes
-    dense = type(plan.format)("dense")
-    size = sum(nbytes(dense.layout(l.name, l.out_features, l.in_features, l.scheme)) for l in plan.quantized)
-    return size if size != plan.sizes()["quantized_layers"] else None
+# %% ../nbs/summary.ipynb #f3dea9c8
+def _dense_text(
+    sizes:dict, # From a plan or a report
+) -> str:       # Empty where the codes lie dense already
+    "What narrow codes would take without their 4-bit slots."
+    if sizes["quantized_layers_dense"] == sizes["quantized_layers"]: return ""
+    return f"in 4-bit slots, which load anywhere; as a dense stream {human_bytes(sizes['quantized_layers_dense'])}"
 
-# %% ../nbs/summary.ipynb #8d2bd28c
+# %% ../nbs/summary.ipynb #8e827ba7
 def _plan_rows(
     plan:Any,                # A plan
 ) -> list[tuple[str, str]]:  # What stands at the top
     "Method, format and sizes of a plan."
-    sizes, dense = plan.sizes(), _dense_bytes(plan)
+    sizes = plan.sizes()
+    dense = _dense_text(sizes)
     layout, dtype = plan.format.name if plan.format else "plain checkpoint", str(plan.dtype).removeprefix("torch.")
     rows = [("method", f"{plan.method}, {plan.scheme or '16 bits: every weight stays as it is'}"),
             ("format", f"{layout}, {dtype}"), ("checkpoint", human_bytes(sizes["checkpoint"])),
@@ -80,7 +78,7 @@ def _plan_rows(
     packed, as_float = sizes["quantized_layers"], sizes["quantized_layers_in_float"]
     if as_float:
         rows.append(("quantized layers", f"{human_bytes(packed)}, {packed / as_float:.3f} of their float size"))
-    if dense: rows.append(("", f"in 4-bit slots, which load anywhere; as a dense stream {human_bytes(dense)}"))
+    if dense: rows.append(("", dense))
     return rows
 
 # %% ../nbs/summary.ipynb #dac5d5b1
@@ -102,7 +100,7 @@ def proof_text(
     "A proof without the digests, which are for machines."
     return aligned(flat({name: value for name, value in proof.items() if name not in ("digests", "promises_step")}))
 
-# %% ../nbs/summary.ipynb #67c086e7
+# %% ../nbs/summary.ipynb #5987ae8b
 def report_text(
     report:Mapping[str, Any], # What `pipeline.run` returns
     output:str,               # The export's folder
@@ -114,6 +112,7 @@ def report_text(
     left = sum(map(len, report["left_in_float"].values()))
     rows = [("export", output), ("size", f"{export}, {ratio:.3f} of the checkpoint's {checkpoint}"),
             ("layers", f"{len(layers)} quantized with {report['method']}, {left} left in float")]
+    if dense := _dense_text(sizes): rows.insert(2, ("", dense))
     if layers:
         worst = max(layers, key=lambda name: layers[name]["relative_error"])
         mean = sum(layer["relative_error"] for layer in layers.values()) / len(layers)

@@ -14,13 +14,17 @@ from .qtensor import QuantizedWeight
 from .registry import Registry
 from .scheme import QuantScheme
 
-# %% ../../nbs/core/format_registry.ipynb #d7c6adb0
+# %% ../../nbs/core/format_registry.ipynb #8b4fccdb
 class BaseFormat:
     "One layout that vLLM reads; subclasses write every method below."
     name = ""
     def __init__(self,
         container:str="auto", # How 2- and 3-bit codes are stored: "auto", "dense" or "int4"
     ): self.container = container
+
+    def dense(self):
+        "The same layout with no container wider than the codes; itself where it has none."
+        return self
 
     def objection(self, scheme:QuantScheme, out_features:int, in_features:int) -> str:
         "Why vLLM would not load such a layer and what to use instead; empty when it would."

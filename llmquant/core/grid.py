@@ -87,14 +87,14 @@ def _quantile(parts:Tensor, share:float) -> Tensor:
     if position == below: return low
     return low.lerp(parts.kthvalue(below + 2, dim=-1).values, position - below)
 
-# %% ../../nbs/core/grid.ipynb #1e67c0cc
+# %% ../../nbs/core/grid.ipynb #5e4bd022
 def ranges(
     weight:Tensor,      # [out_features, in_features]
     scheme:QuantScheme, # Granularity, rule and percentile; "mse" starts from the extremes
 ) -> tuple[Tensor, Tensor]: # Low and high of each group, float32 [out_features, groups] or [1, 1]
     "The range of each group by the scheme's rule."
     parts = grouped(weight, scheme)
-    low, high = (t.to(torch.float32) for t in torch.aminmax(parts, dim=-1))
+    low, high = parts.amin(-1).to(torch.float32), parts.amax(-1).to(torch.float32)
     if scheme.range_rule != "percentile": return low, high
     share, parts = scheme.percentile / 100, parts.to(torch.float32)
     if scheme.symmetric:

@@ -80,14 +80,15 @@ def nbytes(
     "Size of a layout."
     return sum(dtype.itemsize * prod(shape) for dtype, shape in layout.values())
 
-# %% ../../nbs/core/plan.ipynb #4885947a
+# %% ../../nbs/core/plan.ipynb #8776d83a
 @patch
 def sizes(self:Plan) -> dict[str, int]: # Bytes
-    "How large the export will be, before it is written; the ratio counts quantized Linears against the export's float dtype."
-    linear = sum(nbytes(self.format.layout(l.name, l.out_features, l.in_features, l.scheme)) for l in self.quantized)
+    "How large the export will be, before it is written; `dense` is what the quantized layers would take as a dense stream of bits."
+    def linear(layout_of): return sum(nbytes(layout_of(l.name, l.out_features, l.in_features, l.scheme)) for l in self.quantized)
+    stored, dense = (linear(self.format.layout), linear(self.format.dense().layout)) if self.quantized else (0, 0)
     as_float = sum(l.out_features * l.in_features for l in self.quantized) * self.dtype.itemsize
-    return {"checkpoint": self.stored_bytes, "export": nbytes(self.layout), "quantized_layers": linear,
-            "quantized_layers_in_float": as_float}
+    return {"checkpoint": self.stored_bytes, "export": nbytes(self.layout), "quantized_layers": stored,
+            "quantized_layers_dense": dense, "quantized_layers_in_float": as_float}
 
 # %% ../../nbs/core/plan.ipynb #10d8c4e1
 def _layer_plans(sites:Iterable, scheme:QuantScheme|None, blocks:set|None) -> tuple[LayerPlan, ...]:
@@ -126,7 +127,7 @@ def _kept(tensors:Mapping[str, tuple], layers:Iterable[LayerPlan], stored:torch.
     cast = lambda name, d: dtype if d == stored and d.is_floating_point and not keep_dtype(name) else d
     return {name: (cast(name, d), tuple(shape)) for name, (d, shape) in tensors.items() if name not in gone}
 
-# %% ../../nbs/core/plan.ipynb #7e983edf
+# %% ../../nbs/core/plan.ipynb #b77210b6
 def make_plan(
     adapter,                        # The family's adapter
     config:dict,                    # The parsed config.json
@@ -141,7 +142,7 @@ def make_plan(
     torch_dtype:str="auto",         # See `export_dtype`
 ) -> Plan:
     "Decide everything from names and shapes; `UsageError` for what cannot be done."
-    quantizer.check_bits(bits)
+    if bits != 16: quantizer.check_bits(bits)
     dtype = export_dtype(stored, torch_dtype)
     scheme = None if bits == 16 else quantizer.make_scheme(bits, group_size, dtype)
     sites = adapter.linear_sites(config, {name: tuple(shape) for name, (_, shape) in tensors.items()})

@@ -68,7 +68,7 @@ def relative_error(
     norm = float(weight.norm())
     return float(quantized.dequantize().sub_(weight).norm()) / norm if norm else 0.0
 
-# %% ../../nbs/core/walk.ipynb #80c5f924
+# %% ../../nbs/core/walk.ipynb #8b64b64c
 def quantize_layer(
     quantizer,      # A configured quantizer
     layer:LayerPlan,# Which Linear, and its scheme
@@ -79,7 +79,7 @@ def quantize_layer(
     start = time.perf_counter()
     name = f"{layer.name}.weight"
     check_finite(name, weight)
-    home, weight = weight.device, weight.to(device) if device else weight
+    home, weight = weight.device, weight.to(device=device or weight.device, dtype=torch.float32)
     try: quantized = quantizer.quantize_weight(weight, None, layer.scheme)
     except UsageError as e: raise UsageError(f"tensor {name}: {e}") from None
     error = relative_error(weight, quantized)

@@ -19,7 +19,7 @@ from ..core.scheme import QuantScheme
 # %% ../../nbs/formats/compressed_tensors.ipynb #b1650e87
 from fastcore.basics import patch
 
-# %% ../../nbs/formats/compressed_tensors.ipynb #5b172b35
+# %% ../../nbs/formats/compressed_tensors.ipynb #7afcce5d
 class CompressedTensorsFormat(BaseFormat):
     "compressed-tensors `pack-quantized`, weights only."
     name = "compressed_tensors"
@@ -30,6 +30,10 @@ class CompressedTensorsFormat(BaseFormat):
         if container not in ("auto", "dense", "int4"):
             raise UsageError(f"container {container!r} is not known; use auto, dense or int4")
         self.container = container
+
+    def dense(self) -> "CompressedTensorsFormat":
+        "The layout whose codes lie end to end, whatever vLLM says to it: to know what a container costs."
+        return type(self)("dense")
 
     def stored_bits(self,
         scheme:QuantScheme, # The weight's grid

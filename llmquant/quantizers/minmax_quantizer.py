@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MinMaxQuantizer']
 
-# %% ../../nbs/quantizers/minmax_quantizer.ipynb #5ee9d887
+# %% ../../nbs/quantizers/minmax_quantizer.ipynb #c778001a
+from ..core.errors import UsageError
 from ..core.options import SYMMETRIC, Option
 from ..core.qtensor import QuantizedWeight, round_to_grid
 from ..core.quantizer_registry import BaseQuantizer
@@ -13,7 +14,7 @@ from ..core.scheme import RANGE_RULES, QuantScheme
 from torch import Tensor
 from typing import Any
 
-# %% ../../nbs/quantizers/minmax_quantizer.ipynb #8bc09568
+# %% ../../nbs/quantizers/minmax_quantizer.ipynb #cd379268
 class MinMaxQuantizer(BaseQuantizer):
     "Round to nearest; needs no calibration data."
     name = "minmax"
@@ -24,6 +25,17 @@ class MinMaxQuantizer(BaseQuantizer):
         Option("percentile", float, 99.9, "share of weights inside the range, in percent (dynamic_range: percentile)",
                minimum=50.1, maximum=100.0),
     )
+
+    def configure(self,
+        values:dict,  # Options by name
+        where:str="", # Where they were written, for messages
+    ) -> "MinMaxQuantizer":
+        "Validate the options; a `percentile` that no rule reads is refused."
+        super().configure(values, where)
+        if self.settings["dynamic_range"] != "percentile" and self.settings["percentile"] != 99.9:
+            raise UsageError(f"{where or 'quantization.minmax'}.percentile is given but dynamic_range is {self.settings['dynamic_range']!r}; "
+                             "set dynamic_range: percentile or remove it")
+        return self
 
     def quantize_weight(self,
         weight:Tensor,      # [out_features, in_features]
