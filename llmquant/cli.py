@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['run_command', 'main']
 
-# %% ../nbs/cli.ipynb #a5869c26
-import argparse, re, sys
+# %% ../nbs/cli.ipynb #e9cff717
+import argparse, os, re, sys
 from collections.abc import Callable, Sequence
 from math import isfinite
 from pathlib import Path
@@ -170,11 +170,12 @@ def run_command(
     setup_logging(getattr(parsed, "verbose", False))
     return parsed.function(parsed)
 
-# %% ../nbs/cli.ipynb #294e4900
+# %% ../nbs/cli.ipynb #632c30b2
 def main(
     arguments:Sequence[str]|None=None, # As a shell gives them; the process's own when None
 ) -> int:                              # The exit status
     "The console command `llmquant`."
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try: sys.stdout.write(run_command(sys.argv[1:] if arguments is None else list(arguments)))
     except LLMQuantError as error:
         sys.stderr.write(f"llmquant: error: {error}\n".replace("\n", " ").rstrip() + "\n")
