@@ -9,7 +9,8 @@ __all__ = ['group_sites', 'Architecture', 'find_module', 'read_quantization', 'd
 import json, re
 from pathlib import Path
 
-# %% ../../nbs/models/base_adapter.ipynb #9a22df8a
+# %% ../../nbs/models/base_adapter.ipynb #4d26ccbb
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 # %% ../../nbs/models/base_adapter.ipynb #4d824a0e
@@ -123,7 +124,7 @@ def explain(
             else "embedding" if len(shape) > 1 else "bias" if name.endswith("bias") else "norm or other vector"
             for name, shape in shapes.items()}
 
-# %% ../../nbs/models/base_adapter.ipynb #0e16b2a2
+# %% ../../nbs/models/base_adapter.ipynb #227a537f
 class BaseHuggingFaceAdapter(Architecture):
     "Knows one family of architectures; this class itself serves every causal language model of transformers."
     trust_remote_code = False         # what vllm_config.json says: the recipe's value
@@ -146,29 +147,38 @@ class BaseHuggingFaceAdapter(Architecture):
         "What `save_pretrained` would write: checkpoint name -> tensor (possibly a view); of a QuantLinear its bias."
         return on_disk(model, saved_state(model))
 
-    def vllm_config(self,
-        config: dict,              # config.json, parsed
-        quantization_config: dict, # the part that vLLM reads
-        dtype: str,                # the export's, such as "float16"
-    ) -> dict:
-        "The three sections of vllm_config.json."
-        kind = config.get("model_type") if self.model_type == "default" else self.model_type
-        trust = self.trust_remote_code
-        model = {"type": kind, "trust_remote_code": trust, "dtype": dtype, "quantization": quantization_config}
-        return {"model": model, "tokenizer": {"type": kind, "trust_remote_code": trust},
-                "quantization": quantization_config}
+# %% ../../nbs/models/base_adapter.ipynb #6d1a6669
+@patch
+def vllm_config(self:BaseHuggingFaceAdapter,
+    config: dict,              # config.json, parsed
+    quantization_config: dict, # the part that vLLM reads
+    dtype: str,                # the export's, such as "float16"
+) -> dict:
+    "The three sections of vllm_config.json."
+    kind = config.get("model_type") if self.model_type == "default" else self.model_type
+    trust = self.trust_remote_code
+    model = {"type": kind, "trust_remote_code": trust, "dtype": dtype, "quantization": quantization_config}
+    return {"model": model, "tokenizer": {"type": kind, "trust_remote_code": trust},
+            "quantization": quantization_config}
 
-    def _save_vllm_config(self, model: nn.Module, output_path: Path): # quantized model; folder that exists
-        "Write vllm_config.json into `output_path`."
-        values = self.vllm_config(model.config.to_dict(), read_quantization(model), str(model.dtype).rpartition(".")[2])
-        text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-        (Path(output_path)/"vllm_config.json").write_text(text, encoding="utf-8")
+# %% ../../nbs/models/base_adapter.ipynb #9070da93
+@patch
+def _save_vllm_config(self:BaseHuggingFaceAdapter,
+    model: nn.Module,  # quantized transformers model
+    output_path: Path, # folder that exists
+):
+    "Write vllm_config.json into `output_path`."
+    values = self.vllm_config(model.config.to_dict(), read_quantization(model), str(model.dtype).rpartition(".")[2])
+    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    (Path(output_path)/"vllm_config.json").write_text(text, encoding="utf-8")
 
-    def save_quantized(self,
-        model: nn.Module,            # quantized transformers model
-        path: str|Path,              # folder to write
-        source: str|Path|None = None,# checkpoint that tokenizer and other side files come from
-    ):
-        "Write a quantized model as a checkpoint that vLLM loads."
-        from llmquant.export import export_model
-        return export_model(model, self, Path(path), source)
+# %% ../../nbs/models/base_adapter.ipynb #bca7cd9d
+@patch
+def save_quantized(self:BaseHuggingFaceAdapter,
+    model: nn.Module,            # quantized transformers model
+    path: str|Path,              # folder to write
+    source: str|Path|None = None,# checkpoint that tokenizer and other side files come from
+):
+    "Write a quantized model as a checkpoint that vLLM loads."
+    from llmquant.export import export_model
+    return export_model(model, self, Path(path), source)
