@@ -4,6 +4,7 @@ nbdev processes the notebooks as it does for Quarto (API entries, hidden cells, 
 _quarto.yml in pure Python, turns them into the site. Then every link of every page is followed.
 """
 import argparse
+import ast
 import os
 import re
 import shutil
@@ -14,20 +15,68 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import yaml
-from execnb.nbio import read_nb, write_nb
+from execnb.nbio import mk_cell, read_nb, write_nb
 from nbdev.config import get_config
 from nbdev.doclinks import _build_modidx, nbglob
-from nbdev.processors import FilterDefaults
+from nbdev.processors import FilterDefaults, exec_show_docs
 from readme import readme
 
 KATEX_CDN = re.compile(r"https://cdn\.jsdelivr\.net/npm/katex@[\d.]+/dist")
 LINK = re.compile(r'(?:href|src)="([^"]+)"')
 
 
+def needed_for_docs(cell):
+    "What must run so that `show_doc` finds its objects: exported cells, `show_doc` itself, imports of the package."
+    if cell.cell_type != "code" or not cell.parsed_():
+        return ""
+    if cell.directives_.keys() & {"export", "exports", "exporti", "exec_doc"} or re.search(r"^show_doc", cell.source, re.M):
+        return cell.source
+    own = [node for node in cell.parsed_() if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("llmquant")]
+    return "\n".join(ast.unparse(node) for node in own)
+
+
+class RunForDocs(exec_show_docs):
+    "nbdev runs any cell that holds an import, with all that it does besides; this runs the package's imports alone."
+
+    def __call__(self, cell):
+        code = needed_for_docs(cell) if self.nb.has_docs_ else ""
+        if code and code == cell.source:
+            self.k.cell(cell)
+        elif code:
+            self.k.run(code)
+        if self.k.exc:
+            raise RuntimeError(f"the documentation needs this cell, and it fails:\n{code}") from self.k.exc
+
+
+class Docs(FilterDefaults):
+    "nbdev's processors, with our way of running cells."
+
+    def base_procs(self):
+        return [RunForDocs if proc is exec_show_docs else proc for proc in super().base_procs()]
+
+
+FIRST_CELL = re.compile(r"(?P<title># [^\n]*)\n+(?P<description>(?:>[^\n]*\n?)*)(?P<settings>\s*(?:- [\w-]+: [^\n]*\n?)*)(?P<rest>.*)", re.S)
+
+
+def split_first_cell(notebook):
+    "nbdev makes the front matter out of the first cell and drops what else it holds: give the rest a cell of its own."
+    first = notebook.cells[0]
+    found = FIRST_CELL.fullmatch(first.source) if first.cell_type == "markdown" else None
+    if not found:
+        return
+    description = " ".join(line.lstrip("> ") for line in found["description"].splitlines())
+    if found["rest"].strip():
+        notebook.cells.insert(1, mk_cell(found["rest"].strip(), "markdown"))
+    first.source = f"{found['title']}\n\n> {description}\n\n{found['settings'].strip()}".strip()
+    for number, cell in enumerate(notebook.cells):
+        cell.idx_ = number
+
+
 def process(source, target):
     "Process one notebook as nbdev does before it calls Quarto."
     notebook = read_nb(source)
-    FilterDefaults()(notebook)
+    split_first_cell(notebook)
+    Docs()(notebook)
     front = notebook.cells[0]
     if front.cell_type == "raw":
         front.source = re.sub(r"^output-file:.*\n", "", front.source, flags=re.M)
@@ -35,7 +84,7 @@ def process(source, target):
 
 
 def process_all(nbs, target):
-    "Process all notebooks, each in a process of its own: they register into the same registries."
+    "Process all notebooks, each in a process of its own, for they fill the same registries; yield what failed."
     import torch  # noqa: F401  once, before the forks, not once in each
 
     os.environ.update(IN_TEST="1", TQDM_DISABLE="1", MPLBACKEND="agg")
@@ -50,7 +99,7 @@ def process_all(nbs, target):
             process(source, place)
             os._exit(0)
         if os.waitpid(child, 0)[1]:
-            sys.exit(f"{source}: could not be processed")
+            yield f"{source.relative_to(nbs)}: could not be processed, see above"
 
 
 def listed(contents):
@@ -110,7 +159,9 @@ def main():
     for folder in (processed, out):
         shutil.rmtree(folder, ignore_errors=True)
     _build_modidx()
-    process_all(cfg.nbs_path, processed)
+    failed = list(process_all(cfg.nbs_path, processed))
+    if failed:
+        sys.exit("\n".join(failed))
     quarto = root / "_quarto.yml"
     shutil.copy(quarto, processed / "_quarto.yml")
     text = readme(read_nb(processed / cfg.readme_nb), site, root / "images")
