@@ -103,13 +103,13 @@ def open_any(path: str | Path,               # an export, a plain checkpoint, a 
     export_format(config["quantization_config"], path)
     return CheckpointSource(path)
 
-# %% ../nbs/loading.ipynb #566500e1
+# %% ../nbs/loading.ipynb #db0484cb
 def model_config(source: CheckpointSource,  # where config.json lies
                  trust_remote_code: bool,   # allow code from the hub
                  ):
     "The transformers configuration without a word about quantization."
     from transformers import AutoConfig
-    config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+    config = AutoConfig.from_pretrained(source.path, trust_remote_code=trust_remote_code)
     if hasattr(config, "quantization_config"): del config.quantization_config
     return config
 
