@@ -4,14 +4,31 @@
 
 Weights are one block of random numbers, repeated; so it is written as fast as the disk takes it.
 """
+
 import argparse
 import json
 from pathlib import Path
 
-CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "vocab_size": 32000, "hidden_size": 4096,
-          "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
-          "hidden_act": "silu", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-          "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False, "bos_token_id": 1, "eos_token_id": 2}
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "dtype": "bfloat16",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
 def shapes(layers):
@@ -57,13 +74,19 @@ def write_shard(path, tensors, block):
         for shape in tensors.values():
             left = bytes_of(shape)
             while left:
-                left -= file.write(memoryview(block)[:min(left, len(block))])
+                left -= file.write(memoryview(block)[: min(left, len(block))])
 
 
 def make(folder, layers, shard_bytes):
     "Write the checkpoint."
     import torch
-    block = (torch.randn(2**24, generator=torch.Generator().manual_seed(0)) * 0.02).to(torch.bfloat16).view(torch.uint8).numpy()
+
+    block = (
+        (torch.randn(2**24, generator=torch.Generator().manual_seed(0)) * 0.02)
+        .to(torch.bfloat16)
+        .view(torch.uint8)
+        .numpy()
+    )
     folder.mkdir(parents=True)
     parts, index = shards(shapes(layers), shard_bytes), {}
     for number, part in enumerate(parts, 1):
@@ -71,7 +94,9 @@ def make(folder, layers, shard_bytes):
         write_shard(folder / file, part, block)
         index |= dict.fromkeys(part, file)
     total = sum(map(bytes_of, shapes(layers).values()))
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": index}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": total}, "weight_map": index})
+    )
     (folder / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": layers}, indent=2))
     print(f"{total / 1e9:.2f} GB in {len(parts)} shards", flush=True)
 

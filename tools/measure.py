@@ -11,6 +11,7 @@ wikitext-2 (raw), on which published figures are given; without --text it is the
 own language reference. A perplexity is over consecutive windows of 1024 tokens from the start. Rows are written as
 they come; a run that was stopped goes on where it was, unless --fresh.
 """
+
 import argparse
 import hashlib
 import importlib.metadata
@@ -34,10 +35,16 @@ FLOAT32_SCALES = {"model": {"torch_dtype": "float32"}}
 # --- what is measured on ----------------------------------------------------------------------------------------------
 def machine():
     "Where figures come from: processor, threads, versions."
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    names = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
-    return {"processor": names[0] if names else platform.machine(), "cores": os.cpu_count(),
-            "python": platform.python_version(), **versions}
+    return {
+        "processor": names[0] if names else platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        **versions,
+    }
 
 
 def read_text(path):
@@ -46,15 +53,19 @@ def read_text(path):
         text, name = Path(path).read_text(encoding="utf-8"), Path(path).name
     else:
         from llmquant.demo import demo_text
+
         text, name = demo_text()[1], f"last third of pydoc_data.topics of Python {platform.python_version()}"
     return text, {"text": name, "text_sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 class Bench:
     "The float32 demo model, and perplexities of models made from it."
+
     def __init__(self, base, text, windows):
         from transformers import AutoTokenizer
+
         from llmquant.demo import demo_base
+
         self.base, self.windows = demo_base(base, "float32"), windows
         self.ids = AutoTokenizer.from_pretrained(self.base)(text, add_special_tokens=False, verbose=False)["input_ids"]
 
@@ -62,27 +73,34 @@ class Bench:
         "A fresh float model."
         import torch
         from transformers import AutoModelForCausalLM
+
         return AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32).eval()
 
     def perplexity(self, model):
         "By the protocol."
         from llmquant.evaluation.perplexity import perplexity
+
         return perplexity(model, self.ids, context=CONTEXT, windows=self.windows)
 
 
 def quantized(model, bits, granularity, options=None, config=None):
     "`model` quantized in memory by MinMax, its QuantLinears unfolded into Linears, which compute the same and faster."
     from llmquant.quantizers.minmax_quantizer import MinMaxQuantizer
+
     group_size, given = GROUP_SIZES[granularity]
     given = {**given, **(options or {})}
-    return unfolded(MinMaxQuantizer().quantize(model, bits=bits, group_size=group_size, config={**given, **(config or {})}))
+    return unfolded(
+        MinMaxQuantizer().quantize(model, bits=bits, group_size=group_size, config={**given, **(config or {})})
+    )
 
 
 def unfolded(model):
     "Every QuantLinear as a Linear with the dequantized weight."
     import torch
+
     from llmquant.core.in_memory import replace_module_
     from llmquant.core.quant_linear import QuantLinear
+
     for layer in [module for module in model.modules() if isinstance(module, QuantLinear)]:
         linear = torch.nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         linear.weight = torch.nn.Parameter(layer.dequantize(), requires_grad=False)
@@ -94,15 +112,21 @@ def unfolded(model):
 def linears(model):
     "Names and weights that are quantized: every Linear but the head."
     import torch
-    return {name: module.weight.detach() for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear) and name != "lm_head"}
+
+    return {
+        name: module.weight.detach()
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    }
 
 
 def rounded_by_seven(model):
     "The other convention for symmetric grids, max |w| / 7, which uses 15 of the 16 codes."
     import torch
+
     from llmquant.core.qtensor import round_to_grid
     from llmquant.core.scheme import QuantScheme
+
     scheme = QuantScheme(4, symmetric=True, group_size=64, scale_dtype=torch.float32)
     for weight in linears(model).values():
         scales = weight.view(len(weight), -1, 64).abs().amax(-1) / 7
@@ -114,6 +138,7 @@ def rounded_by_seven(model):
 # --- results ----------------------------------------------------------------------------------------------------------
 class Results:
     "One file of results; rows that it holds from the same protocol are kept."
+
     def __init__(self, path, header, fresh=False):
         self.path, self.header, self.rows = Path(path), header, []
         if self.path.exists() and not fresh:
@@ -137,9 +162,17 @@ class Results:
 
 def results_of(given, name, command, windows, about):
     "The results file of one measurement."
-    header = {"command": f"tools/measure.py {command}", "about": about, "machine": machine(),
-              "protocol": {"model": "SmolLM2-135M-Instruct, llmquant.demo, float32", "context": CONTEXT,
-                           "windows": windows, **read_text(given.text)[1]}}
+    header = {
+        "command": f"tools/measure.py {command}",
+        "about": about,
+        "machine": machine(),
+        "protocol": {
+            "model": "SmolLM2-135M-Instruct, llmquant.demo, float32",
+            "context": CONTEXT,
+            "windows": windows,
+            **read_text(given.text)[1],
+        },
+    }
     return Results(given.out / name, header, given.fresh)
 
 
@@ -155,8 +188,10 @@ FIDELITY = (  # name, bits, granularity, options, divisor of the plain arithmeti
 def fidelity(given):
     "Perplexity of float and quantized models, and weight errors against numpy in float64."
     import torch
+
     sys.path.insert(0, str(ROOT / "tests"))
     import plain_minmax
+
     windows = given.windows or 24
     bench = Bench(given.base, read_text(given.text)[0], windows)
     results = results_of(given, "fidelity.json", "fidelity", windows, "scales in float32")
@@ -169,22 +204,33 @@ def fidelity(given):
         model = quantized(bench.model(), bits, granularity, options, FLOAT32_SCALES)
         error = sum(float((w.double() - before[n].double()).square().sum()) for n, w in linears(model).items())
         plain = sum(plain_minmax.squared_error(w.numpy(), bits, width or w.shape[1], divisor) for w in before.values())
-        results.add(name=name, perplexity=round(bench.perplexity(model), 4), squared_error=error, plain_squared_error=plain)
+        results.add(
+            name=name, perplexity=round(bench.perplexity(model), 4), squared_error=error, plain_squared_error=plain
+        )
     if not results.has(name="W4 group 64 symmetric, max/7"):
         with torch.no_grad():
             model = rounded_by_seven(bench.model())
         plain = sum(plain_minmax.squared_error(w.numpy(), 4, 64, 7) for w in before.values())
         error = sum(float((w.double() - before[n].double()).square().sum()) for n, w in linears(model).items())
-        results.add(name="W4 group 64 symmetric, max/7", perplexity=round(bench.perplexity(model), 4), squared_error=error,
-                    plain_squared_error=plain)
+        results.add(
+            name="W4 group 64 symmetric, max/7",
+            perplexity=round(bench.perplexity(model), 4),
+            squared_error=error,
+            plain_squared_error=plain,
+        )
 
 
 def grid(given):
     "Perplexity for each width, granularity and range rule, and for symmetric grids with the plain rule."
     windows = given.windows or 8
     bench = Bench(given.base, read_text(given.text)[0], windows)
-    results = results_of(given, "minmax_perplexity.json", "grid", windows,
-                         "scales in float16; percentile 99.9; the error is that of all quantized weights, relative")
+    results = results_of(
+        given,
+        "minmax_perplexity.json",
+        "grid",
+        windows,
+        "scales in float16; percentile 99.9; the error is that of all quantized weights, relative",
+    )
     if not results.has(name="float32"):
         results.add(name="float32", bits=32, perplexity=round(bench.perplexity(bench.model()), 4))
     before = linears(bench.model())
@@ -200,9 +246,16 @@ def grid(given):
             model = quantized(bench.model(), bits, granularity, {"dynamic_range": rule, "symmetric": symmetric})
             seconds = time.process_time() - start
             error = sum(float((w.double() - before[n].double()).square().sum()) for n, w in linears(model).items())
-            results.add(name=name, bits=bits, granularity=granularity, rule=rule, symmetric=symmetric,
-                        perplexity=round(bench.perplexity(model), 4), relative_error=round((error / norm)**0.5, 6),
-                        cpu_seconds=round(seconds, 1))
+            results.add(
+                name=name,
+                bits=bits,
+                granularity=granularity,
+                rule=rule,
+                symmetric=symmetric,
+                perplexity=round(bench.perplexity(model), 4),
+                relative_error=round((error / norm) ** 0.5, 6),
+                cpu_seconds=round(seconds, 1),
+            )
 
 
 # A process's peak memory is inherited by what it starts, so programs are started by one that holds nothing.
@@ -217,8 +270,13 @@ print(json.dumps({"status": status, "cpu_seconds": use.ru_utime + use.ru_stime, 
 def cost(*command):
     "CPU seconds, seconds and peak MiB of a program run in a process of its own."
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-I", "-S", "-c", LAUNCHER, sys.executable, *map(str, command)], cwd=ROOT,
-                          env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", LAUNCHER, sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     if done.returncode or not done.stdout.strip():
         raise SystemExit(done.stderr)
     found = json.loads(done.stdout.splitlines()[-1])
@@ -231,7 +289,9 @@ def llmquant(base, out):
     "The cost of quantizing a checkpoint as a user does, above an interpreter that has imported torch."
     shutil.rmtree(out, ignore_errors=True)
     floor = cost("-c", "import torch")
-    used = cost("quantize.py", "--model-path", base, "--output-path", out, "--method", "minmax", "--bits", 4, "--group-size", 64)
+    used = cost(
+        "quantize.py", "--model-path", base, "--output-path", out, "--method", "minmax", "--bits", 4, "--group-size", 64
+    )
     above = {f"{k}_above_torch": round(used[k] - floor[k], 2) for k in ("cpu_seconds", "peak_mib")}
     return {**{k: round(v, 2) for k, v in used.items()}, **above}
 
@@ -249,15 +309,23 @@ def resources(given):
     results = Results(given.out / "resources.json", resources_header(), given.fresh)
     with tempfile.TemporaryDirectory(dir=given.scratch) as folder:
         runs = [llmquant(base, Path(folder) / "out") for _ in range(5)]
-        results.add(name="demo model, W4 group 64, quantize and write", **min(runs, key=lambda run: run["cpu_seconds_above_torch"]),
-                    all_cpu_seconds_above_torch=[run["cpu_seconds_above_torch"] for run in runs],
-                    checkpoint_bytes=size_of(base), export_bytes=size_of(Path(folder) / "out"))
+        results.add(
+            name="demo model, W4 group 64, quantize and write",
+            **min(runs, key=lambda run: run["cpu_seconds_above_torch"]),
+            all_cpu_seconds_above_torch=[run["cpu_seconds_above_torch"] for run in runs],
+            checkpoint_bytes=size_of(base),
+            export_bytes=size_of(Path(folder) / "out"),
+        )
 
 
 def resources_header():
     "The header of resources.json."
-    return {"command": "tools/measure.py resources big", "protocol": {"threads": 1, "program": "quantize.py"},
-            "about": "above_torch: less than what `import torch` alone takes", "machine": machine()}
+    return {
+        "command": "tools/measure.py resources big",
+        "protocol": {"threads": 1, "program": "quantize.py"},
+        "about": "above_torch: less than what `import torch` alone takes",
+        "machine": machine(),
+    }
 
 
 def big(given):
@@ -266,8 +334,13 @@ def big(given):
     with tempfile.TemporaryDirectory(dir=given.scratch) as folder:
         base, out = Path(folder) / "base", Path(folder) / "out"
         subprocess.run([sys.executable, ROOT / "tools/big_checkpoint.py", base], check=True)
-        results.add(name="made-up checkpoint in shards of 1 GB, W4 group 64", **llmquant(base, out),
-                    checkpoint_bytes=size_of(base), shards=len(list(base.glob("*.safetensors"))), export_bytes=size_of(out))
+        results.add(
+            name="made-up checkpoint in shards of 1 GB, W4 group 64",
+            **llmquant(base, out),
+            checkpoint_bytes=size_of(base),
+            shards=len(list(base.glob("*.safetensors"))),
+            export_bytes=size_of(out),
+        )
 
 
 MEASUREMENTS = {"resources": resources, "big": big, "fidelity": fidelity, "grid": grid}
@@ -279,7 +352,9 @@ def main():
     parser.add_argument("what", nargs="*", metavar="|".join(MEASUREMENTS), help="all when none is named")
     parser.add_argument("--text", help="a text file, such as wikitext-2's test part; the demo's text when absent")
     parser.add_argument("--windows", type=int, help="windows of 1024 tokens; 24 for fidelity, 8 for the grid")
-    parser.add_argument("--base", default=str(ROOT / "demo/base-float32"), help="where the float32 demo model is or will be")
+    parser.add_argument(
+        "--base", default=str(ROOT / "demo/base-float32"), help="where the float32 demo model is or will be"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder of the results")
     parser.add_argument("--scratch", help="folder for large temporary files")
     parser.add_argument("--fresh", action="store_true", help="measure again what the results hold already")

@@ -1,0 +1,79 @@
+"""A share of tools/matrix.py: every pair of settings on llama, four rows of each other family, some without plugins."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+import matrix  # noqa: E402
+
+from llmquant.evaluation.vllm_check import vllm_installed  # noqa: E402
+
+needs_vllm = pytest.mark.skipif(not vllm_installed(), reason="vLLM is not installed")
+FOUR = [
+    dict(bits=bits, symmetric=symmetric, granularity=granularity)  # each width and granularity once, both grids twice
+    for bits, symmetric, granularity in (
+        (2, False, "group 64"),
+        (3, True, "channel"),
+        (4, False, "tensor"),
+        (8, True, "group 32"),
+    )
+]
+PLUGIN = [matrix.Row("llama", **grid) for grid in matrix.pairwise(matrix.GRID)]
+PLUGIN += [matrix.Row(model, **grid) for model in matrix.FAMILIES for grid in FOUR]
+STOCK = [
+    matrix.Row("llama", 4, False, "group 64", loader="stock"),
+    matrix.Row("llama", 4, True, "channel", loader="stock"),
+    matrix.Row("llama", 2, False, "group 32", loader="stock"),
+    matrix.Row("llama", 3, True, "group 32", container="int4", loader="stock"),
+    matrix.Row("llama", 4, True, "group 64", format="gptq", loader="stock"),
+    matrix.Row("llama", 4, False, "group 32", format="awq", loader="stock"),
+]
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory):
+    "What vLLM made of all rows, by name: one child with the plugin, one without."
+    done = [matrix.run_rows(rows, tmp_path_factory.mktemp(rows[0].loader)) for rows in (PLUGIN, STOCK)]
+    return {row["name"]: row for rows in done for row in rows}
+
+
+@needs_vllm
+@pytest.mark.parametrize("name", [row.name for row in PLUGIN + STOCK])
+def test_row(figures, name):
+    row = figures[name]
+    assert "error" not in row, row["error"]
+    assert 0 <= row["mean_kl"] <= 1e-4 and row["positions"] == 192 and row["judged"] >= 96
+    assert row["layers"] >= 14
+    assert row["quant_method"] == {"plugin": "llmquant"}.get(row["loader"], row["quant_method"])
+    assert (row["loader"] == "stock") == (row["quant_method"] != "llmquant")
+
+
+def test_pairwise_holds_every_pair_once_or_more():
+    chosen = matrix.pairwise(matrix.GRID)
+    assert set().union(*map(matrix.pairs, chosen)) == set().union(*map(matrix.pairs, matrix.product(matrix.GRID)))
+    assert (
+        len(chosen) == 16 == len({tuple(grid.items()) for grid in chosen})
+    )  # 4 widths x 4 granularities, so no fewer will do
+    assert (
+        matrix.pairwise({"a": (1, 2), "b": (1, 2), "c": (1, 2)})
+        and len(matrix.pairwise(dict(a=(1, 2), b=(1, 2), c=(1, 2)))) < 8
+    )
+
+
+def test_matrix_is_whole_on_llama_and_pairwise_elsewhere():
+    rows = matrix.all_rows("cpu")
+    assert len({row.name for row in rows}) == len(rows)
+    count = {
+        model: sum(row.model == model and row.loader == "plugin" for row in rows)
+        for model in ("llama", *matrix.FAMILIES)
+    }
+    assert count == {"llama": 32, "qwen2": 16, "qwen3": 16, "deepseek_v3": 16}
+    stock = [row for row in rows if row.loader == "stock"]
+    assert all(row.stored_bits == 4 for row in stock) and {row.format for row in stock} == {
+        "compressed_tensors",
+        "gptq",
+        "awq",
+    }
+    assert any(row.stored_bits == 8 for row in matrix.all_rows("cuda") if row.loader == "stock")

