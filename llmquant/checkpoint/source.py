@@ -94,18 +94,18 @@ def main_dtype(
     if not sizes: raise UsageError(f"{where}: holds no floating-point tensors; give a checkpoint with weights")
     return max(sizes, key=sizes.get)
 
-# %% ../../nbs/checkpoint/source.ipynb #a2536379
+# %% ../../nbs/checkpoint/source.ipynb #04cc05e5
 class CheckpointSource:
     "A safetensors checkpoint: everything about it at once, its tensors one at a time."
     def __init__(self,
-        path, # as the user gave it
-        folder=None, # where the files lie, when that is somewhere else
+        path, # folder with the files
+        origin=None, # what the user gave, for messages, when that was something else
     ):
-        self.path, self.folder = Path(path), Path(folder or path)
-        self.config = read_json(self.folder / "config.json")
-        self.tensors = _read_headers(self.folder)
-        self.dtype = main_dtype(self.tensors, self.path)
-        self.side_files = find_side_files(self.folder)
+        self.path, self.origin = Path(path), origin or path
+        self.config = read_json(self.path / "config.json")
+        self.tensors = _read_headers(self.path)
+        self.dtype = main_dtype(self.tensors, self.origin)
+        self.side_files = find_side_files(self.path)
         self._files = {}
 
     def tensor(self,
@@ -113,7 +113,7 @@ class CheckpointSource:
     )->torch.Tensor: # CPU, in the checkpoint's dtype
         "Read one tensor."
         file = self.tensors[name].file
-        if file not in self._files: self._files[file] = open_shard(self.folder / file)
+        if file not in self._files: self._files[file] = open_shard(self.path / file)
         return read_tensor(self._files[file], self.tensors[name])
 
     def close(self):
@@ -124,7 +124,7 @@ class CheckpointSource:
     def __enter__(self): return self
     def __exit__(self, *error): self.close()
 
-# %% ../../nbs/checkpoint/source.ipynb #9cc83aac
+# %% ../../nbs/checkpoint/source.ipynb #6613ae0e
 class GGUFSource(CheckpointSource):
     "A GGUF, unpacked into a temporary folder and read from there."
     def __init__(self,
@@ -132,7 +132,7 @@ class GGUFSource(CheckpointSource):
     ):
         self._temporary = tempfile.TemporaryDirectory(prefix="llmquant-gguf-")
         convert_gguf(Path(path), Path(self._temporary.name))
-        super().__init__(path, self._temporary.name)
+        super().__init__(self._temporary.name, origin=path)
 
     def close(self):
         "Close the files and remove the temporary folder."
@@ -196,7 +196,7 @@ def _needs_hub_code(
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     return config.get("model_type") not in CONFIG_MAPPING
 
-# %% ../../nbs/checkpoint/source.ipynb #4bac8a72
+# %% ../../nbs/checkpoint/source.ipynb #467d5692
 def _refuse_unusable(
     source:CheckpointSource, # just opened
     trust_remote_code:bool, # whether the user allowed code from the hub
@@ -205,9 +205,9 @@ def _refuse_unusable(
     parts = [source.config, source.config.get("text_config") or {}]
     for settings in (part["quantization_config"] for part in parts if part.get("quantization_config")):
         method = settings.get("quant_method", "an unnamed method") if isinstance(settings, dict) else settings
-        raise UsageError(f"{source.path}: is already quantized ({method}); give the unquantized checkpoint")
+        raise UsageError(f"{source.origin}: is already quantized ({method}); give the unquantized checkpoint")
     if not trust_remote_code and _needs_hub_code(source.config):
-        raise UsageError(f"{source.path}: model type {source.config.get('model_type')!r} exists only as Python code "
+        raise UsageError(f"{source.origin}: model type {source.config.get('model_type')!r} exists only as Python code "
                          "that comes with it; read that code and set trust_remote_code: true, or choose another model")
 
 # %% ../../nbs/checkpoint/source.ipynb #d0ba8139
