@@ -72,7 +72,7 @@ FAULTS = {
     "absurd header": (lambda f: (f / "1.safetensors").write_bytes(b"\xff" * 99), "1.safetensors: corrupt"),
     "unknown dtype": (lambda f: header_says(f / "1.safetensors", dtype="F3"), "model.layers.10.w has dtype F3"),
     "wrong shape": (lambda f: header_says(f / "1.safetensors", shape=[7]), "takes 28 bytes"),
-    "git lfs": (lambda f: (f / "1.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),
+    "git lfs": (lambda f: (f / "1.safetensors").write_text("version https://git-lfs.github.com\n"), "git lfs pull"),
     "shard is a folder": (lambda f: ((f / "1.safetensors").unlink(), (f / "1.safetensors").mkdir()), "cannot be read"),
     "outside": (lambda f: rewrite(f / INDEX, weight_map={"w": "../x.safetensors"}), "outside the checkpoint's folder"),
     "absolute": (lambda f: rewrite(f / INDEX, weight_map={"w": "/x.safetensors"}), "outside the checkpoint's folder"),
@@ -87,9 +87,9 @@ FAULTS = {
     "quantized": (lambda f: rewrite(f / "config.json", quantization_config={"quant_method": "awq"}), "quantized (awq)"),
     "quantized inside": (lambda f: rewrite(f / "config.json", text_config={"quantization_config": {}, "x": 1} | {
         "quantization_config": {"quant_method": "gptq"}}), "quantized (gptq)"),
-    "hub code": (lambda f: rewrite(f / "config.json", model_type="own", auto_map={"AutoModel": "m.M"}), "trust_remote_code"),
+    "hub code": (lambda f: rewrite(f / "config.json", model_type="own", auto_map={"A": "m.M"}), "trust_remote_code"),
     "link outside": (lambda f: (f / "vocab.txt").symlink_to("/etc/hostname"), "leaves the checkpoint's folder"),
-    "two GGUFs": (lambda f: [p.unlink() for p in f.iterdir()] and [(f / n).touch() for n in ("a.gguf", "b.gguf")], "2 GGUF"),
+    "two GGUFs": (lambda f: [p.unlink() for p in f.iterdir()] and [(f / f"{n}.gguf").touch() for n in "ab"], "2 GGUF"),
     "fake GGUF": (lambda f: [p.unlink() for p in f.iterdir()] and (f / "a.gguf").write_text("x"), "begin like a GGUF"),
     "nothing": (lambda f: [p.unlink() for p in f.iterdir()], "it holds nothing"),
 }
@@ -148,7 +148,8 @@ def test_library_reads_what_is_written(tmp_path_factory, specs, limit, random):
     for file in folder.glob("*.safetensors"):
         assert sum(info.nbytes for info in read_header(file).values()) <= limit or len(read_header(file)) == 1 \
             or sum(info.nbytes > 0 for info in read_header(file).values()) == 1
-        with safetensors.safe_open(file, "pt") as library: read |= {name: library.get_tensor(name) for name in library.keys()}
+        with safetensors.safe_open(file, "pt") as library:
+            read |= {name: library.get_tensor(name) for name in library.keys()}
     assert layout_of(read) == layout_of(tensors)
     assert all(bytes(as_bytes(read[name])) == bytes(as_bytes(tensor)) for name, tensor in tensors.items())
 
@@ -176,7 +177,8 @@ def read():
     for name in source.tensors: source.tensor(name)
 
 def copy():
-    writer = ExportWriter(sys.argv[2], {n: (i.dtype, i.shape) for n, i in source.tensors.items()}, max_shard_bytes=2**27)
+    writer = ExportWriter(sys.argv[2], {n: (i.dtype, i.shape) for n, i in source.tensors.items()},
+                          max_shard_bytes=2**27)
     for name in reversed(source.tensors): writer.write(name, source.tensor(name))
     writer.finish(); writer.publish()
 
@@ -243,7 +245,8 @@ def left(folder): return sorted(path.name for path in folder.iterdir())
 OUTPUTS = {
     "not empty": (lambda f: ((f / "out").mkdir(), (f / "out/x").touch()), "--overwrite", ["out"]),
     "a file": (lambda f: (f / "out").touch(), "is a file", ["out"]),
-    "no folder above": (lambda f: ((f / "out").symlink_to("file/deep"), (f / "file").touch()), "cannot be", ["file", "out"]),
+    "no folder above": (lambda f: ((f / "out").symlink_to("file/deep"), (f / "file").touch()), "cannot be",
+                        ["file", "out"]),
     "a loop": (lambda f: (f / "out").symlink_to("out"), "cannot be", ["out"]),
 }
 
@@ -359,7 +362,8 @@ def test_hub_name_offline(tmp_path):
     code = ("from llmquant.checkpoint.source import open_checkpoint\nfrom llmquant.core.errors import UsageError\n"
             "try: open_checkpoint('nobody/nothing')\nexcept UsageError as error: print(error)")
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    said = subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True, text=True, cwd=tmp_path)
+    said = subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True, text=True,
+                          cwd=tmp_path)
     assert said.stdout.startswith("nobody/nothing: is no folder here") and said.stdout.count("\n") == 1
     assert "go online" in said.stdout
 
