@@ -22,9 +22,9 @@ def main():
     subprocess.run([python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps", WANTED],
                    check=True)
     (own / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    subprocess.run([python, "-c", "from importlib.metadata import version; import compressed_tensors, torch; "
-                                  "print('  compressed-tensors', version('compressed-tensors'), 'torch', torch.__version__)"],
-                   check=True)
+    tell = ("from importlib.metadata import version; import compressed_tensors, torch; "
+            "print('  compressed-tensors', version('compressed-tensors'), 'torch', torch.__version__)")
+    subprocess.run([python, "-c", tell], check=True)
 
 
 if __name__ == "__main__":

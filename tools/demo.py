@@ -2,7 +2,6 @@
 
 Writes FOLDER/base (the model in bfloat16), FOLDER/minmax-w4g64 (its export), FOLDER/plots and FOLDER/perplexity.json.
 """
-import copy
 import json
 import os
 import subprocess
@@ -11,7 +10,7 @@ import time
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TQDM_DISABLE="1",
-                  MPLBACKEND="agg", TOKENIZERS_PARALLELISM="false")
+                  MPLBACKEND="agg", OMP_WAIT_POLICY="PASSIVE", TOKENIZERS_PARALLELISM="false")
 
 GROUP = 64
 WINDOWS, CONTEXT = 3, 1024
@@ -38,34 +37,44 @@ def make_export(base, export):
              "--group-size", GROUP, "--verify", "--overwrite")
 
 
+def round_weights_(model, base, bits):
+    "Put the weights that MinMax makes of `base` into `model`, in float: the same numbers as a `QuantLinear`, faster."
+    import torch
+
+    from llmquant import load
+    from llmquant.core.quantizer_registry import QuantizerRegistry
+
+    quantized = QuantizerRegistry.get("minmax")().quantize(load(base), bits=bits, group_size=GROUP)
+    for name, module in quantized.named_modules():
+        if hasattr(module, "qweight"):
+            model.get_submodule(name).weight.data = module.quantized_weight().dequantize(torch.float32)
+
+
 def measure(base, export):
     "Perplexity of the model and of its quantized versions; the 4-bit one is read from the export."
     import torch
     from transformers import AutoTokenizer
 
     from llmquant import load
-    from llmquant.core.quantizer_registry import QuantizerRegistry
     from llmquant.demo import demo_text
     from llmquant.evaluation.perplexity import perplexity
 
     tokenizer, text = AutoTokenizer.from_pretrained(base), demo_text()[1]
-    model = load(base, dtype=torch.float32)
-    figures = {16: perplexity(model, text, tokenizer, context=CONTEXT, windows=WINDOWS)}
-    for bits in BITS:
+    model, figures = load(base, dtype=torch.float32), {}
+    for bits in (16, *BITS):
         if bits == 4:
-            quantized = load(export, dtype=torch.float32)
-        else:
-            quantized = copy.deepcopy(model)
-            QuantizerRegistry.get("minmax")().quantize(quantized, bits=bits, group_size=GROUP)
-        figures[bits] = perplexity(quantized, text, tokenizer, context=CONTEXT, windows=WINDOWS)
-        say(f"  measured {bits} bits")
+            model = load(export, dtype=torch.float32)
+        elif bits < 16:
+            round_weights_(model, base, bits)
+        figures[bits] = perplexity(model, text, tokenizer, context=CONTEXT, windows=WINDOWS)
+        say(f"  {bits:>2} bits: perplexity {figures[bits]:,.2f}")
     return figures
 
 
 def sizes(base):
     "Bytes of the quantized Linears at each width, codes packed densely."
-    from llmquant.core.model_registry import ModelRegistry
     from llmquant.checkpoint.source import open_checkpoint
+    from llmquant.core.model_registry import ModelRegistry
 
     source = open_checkpoint(base)
     shapes = {name: info.shape for name, info in source.tensors.items()}

@@ -29,10 +29,11 @@ def needed_for_docs(cell):
     "What must run so that `show_doc` finds its objects: exported cells, `show_doc` itself, imports of the package."
     if cell.cell_type != "code" or not cell.parsed_():
         return ""
-    if cell.directives_.keys() & {"export", "exports", "exporti", "exec_doc"} or re.search(r"^show_doc", cell.source, re.M):
+    exported = cell.directives_.keys() & {"export", "exports", "exporti", "exec_doc"}
+    if exported or re.search(r"^show_doc", cell.source, re.M):
         return cell.source
-    own = [node for node in cell.parsed_() if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("llmquant")]
-    return "\n".join(ast.unparse(node) for node in own)
+    imports = [node for node in cell.parsed_() if isinstance(node, ast.ImportFrom)]
+    return "\n".join(ast.unparse(node) for node in imports if (node.module or "").startswith("llmquant"))
 
 
 class RunForDocs(exec_show_docs):
@@ -55,7 +56,8 @@ class Docs(FilterDefaults):
         return [RunForDocs if proc is exec_show_docs else proc for proc in super().base_procs()]
 
 
-FIRST_CELL = re.compile(r"(?P<title># [^\n]*)\n+(?P<description>(?:>[^\n]*\n?)*)(?P<settings>\s*(?:- [\w-]+: [^\n]*\n?)*)(?P<rest>.*)", re.S)
+FIRST_CELL = re.compile(r"(?P<title># [^\n]*)\n+(?P<description>(?:>[^\n]*\n?)*)"
+                        r"(?P<settings>\s*(?:- [\w-]+: [^\n]*\n?)*)(?P<rest>.*)", re.S)
 
 
 def split_first_cell(notebook):

@@ -29,7 +29,8 @@ py-modules = []
 
 def pip(*words):
     "Run pip for this environment."
-    subprocess.run([sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", *map(str, words)], check=True)
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", *map(str, words)]
+    subprocess.run(command, check=True)
 
 
 def installed(name):

@@ -3,6 +3,8 @@ import base64
 import re
 from pathlib import Path
 
+import yaml
+
 ALERTS = {"note": "NOTE", "tip": "TIP", "important": "IMPORTANT", "warning": "WARNING", "caution": "CAUTION"}
 CALLOUT = re.compile(r"^:::+ *\{\.callout-(\w+)([^}]*)\}\n(.*?)^:::+ *$", re.S | re.M)
 PAGE_LINK = re.compile(r"\]\((?!https?:)([^)\s#]+)\.(?:ipynb|html)(#[^)\s]*)?\)")
@@ -68,8 +70,7 @@ def readme(
     folder: Path,  # where plots go
 ) -> str:  # the text of README.md
     "The index notebook as GitHub's Markdown."
-    front = dict(re.findall(r"^(title|description): *(.*)$", notebook.cells[0].source, re.M))
-    front = {key: value.strip().strip("'\"") for key, value in front.items()}
+    front = yaml.safe_load(notebook.cells[0].source.strip().strip("-"))
     note = "<!-- Written by `make docs` from nbs/index.ipynb; edit that. -->"
     body = "\n\n".join(block.strip() for block in blocks(notebook.cells[1:], site, folder) if block.strip())
     return f"# {front['title']}\n\n> {front['description']}\n\n{note}\n\n" + re.sub(r"\n{3,}", "\n\n", body) + "\n"

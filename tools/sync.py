@@ -64,13 +64,13 @@ def main():
     nbdev_export.__wrapped__()
     if given.check or given.staged:
         nbdev_clean.__wrapped__()
-    problems = [f"{p.relative_to(root)}: no notebook writes it; delete it, or restore its notebook" for p in orphans(cfg)]
+    problems = [f"{p.relative_to(root)}: no notebook writes it; delete it, or restore that" for p in orphans(cfg)]
     if given.check:
         changed = git(root, "status", "--porcelain", "--untracked-files=all")
         problems += [f"{line}: not as in the last commit; see git diff, then commit or remove it" for line in changed]
     if given.staged:
         changed = [path for path, content in contents(cfg).items() if before.get(path) != content]
-        problems += [f"{path.relative_to(root)}: was not exported or not clean, and now is; stage it" for path in changed]
+        problems += [f"{path.relative_to(root)}: was not exported or clean, and now is; stage it" for path in changed]
     if problems:
         sys.exit("\n".join(["notebooks and package are not in sync:", *problems]))
     print("notebooks and package are in sync")
