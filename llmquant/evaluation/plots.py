@@ -34,7 +34,7 @@ def group_of(
     used = codes.bincount(minlength=scheme.qmax + 1)
     return weight[part].detach().float().flatten(), (used.new_tensor(range(len(used))).float() - zero) * scale, used
 
-# %% ../../nbs/evaluation/plots.ipynb #47d1a633
+# %% ../../nbs/evaluation/plots.ipynb #3b1d3bec
 def weight_on_grid(
     weight: Tensor,  # [out_features, in_features], any float dtype
     quantized: QuantizedWeight,  # the same weight on a grid
@@ -46,10 +46,10 @@ def weight_on_grid(
     weights, levels, used = group_of(weight, quantized, row, group)
     figure, axes = plt.subplots(figsize=(7, 2.8))
     axes.hist(weights.numpy(), bins=min(max(len(weights) // 8, 16), 200), color="tab:blue", alpha=0.6, label="weights")
-    for is_used, colour, label in (True, "tab:red", "codes in use"), (False, "lightgrey", "codes not in use"):
+    for is_used, colour, label in (True, "tab:red", "codes in use"), (False, "black", "codes not in use"):
         chosen = levels[(used > 0) == is_used]
         if len(chosen):
-            axes.plot(chosen.numpy(), [0] * len(chosen), "|", color=colour, markersize=16, clip_on=False, label=label)
+            axes.vlines(chosen.numpy(), 0, 0.12, color=colour, transform=axes.get_xaxis_transform(), label=label)
     axes.set(xlabel="weight", ylabel="weights", title=f"{title} {quantized.scheme}".strip())
     axes.legend(frameon=False)
     figure.tight_layout()
