@@ -1,5 +1,6 @@
 """A share of tools/matrix.py: every pair of settings on llama, four rows of each other family, some without plugins."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -35,7 +36,10 @@ STOCK = [
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory):
     "What vLLM made of all rows, by name: one child with the plugin, one without."
-    done = [matrix.run_rows(rows, tmp_path_factory.mktemp(rows[0].loader)) for rows in (PLUGIN, STOCK)]
+    paths = [matrix.plugin_path(tmp_path_factory.mktemp("path")), os.environ.get("PYTHONPATH", "")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+        done = [matrix.run_rows(rows, tmp_path_factory.mktemp(rows[0].loader)) for rows in (PLUGIN, STOCK)]
     return {row["name"]: row for rows in done for row in rows}
 
 

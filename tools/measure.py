@@ -221,7 +221,7 @@ def fidelity(given):
 
 
 def grid(given):
-    "Perplexity for each width, granularity and range rule, and for symmetric groups with the plain rule."
+    "Perplexity for each width, granularity and range rule, and for symmetric grids with the plain rule."
     windows = given.windows or 8
     bench = Bench(given.base, read_text(given.text)[0], windows)
     results = results_of(
@@ -236,7 +236,7 @@ def grid(given):
     before = linears(bench.model())
     norm = sum(float(w.double().square().sum()) for w in before.values())
     cells = [(rule, granularity, False) for granularity in GRANULARITIES for rule in RULES]
-    cells.append(("minmax", "group 64", True))
+    cells += [("minmax", granularity, True) for granularity in GRANULARITIES[:2]]
     for rule, granularity, symmetric in cells:
         for bits in BITS:
             name = f"W{bits} {granularity} {'symmetric' if symmetric else 'asymmetric'} {rule}"

@@ -55,7 +55,7 @@ def weight_on_grid(
     figure.tight_layout()
     return figure
 
-# %% ../../nbs/evaluation/plots.ipynb #9a2ad58d
+# %% ../../nbs/evaluation/plots.ipynb #8f6b1657
 def perplexity_against_bits(
     lines: Mapping[str, Mapping[int, float]],  # label to {bits: perplexity}
     float_perplexity: float,  # of the model that was quantized
@@ -65,13 +65,13 @@ def perplexity_against_bits(
     "Perplexity over the width of the codes, one line per label; `UsageError` when there is nothing to draw."
     if not lines or not all(lines.values()):
         raise UsageError("perplexity against bits: a line has no points; give {label: {bits: perplexity}}")
-    figure, axes = plt.subplots(figsize=(7, 3.6))
+    figure, axes = plt.subplots(figsize=(8, 3.6))
     for (label, points), marker in zip(lines.items(), "osv^D*PX<>" * len(lines)):
         axes.plot(sorted(points), [points[bits] for bits in sorted(points)], marker=marker, alpha=0.8, label=label)
     axes.axhline(float_perplexity, color="black", linestyle=":", label=f"float ({float_perplexity:.2f})")
     widths = sorted({bits for points in lines.values() for bits in points})
     axes.set(yscale="log", xticks=widths, xlabel="bits per code", ylabel="perplexity (log scale)", title=title)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     if path:
         figure.savefig(path, dpi=120)
