@@ -21,7 +21,7 @@ import re
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -267,8 +267,8 @@ def main():
                 return run_rows(part, own)
 
         with ThreadPoolExecutor(given.workers) as pool:
-            for done in pool.map(work, chunks(missing, given.chunk)):
-                for row in done:
+            for done in as_completed([pool.submit(work, part) for part in chunks(missing, given.chunk)]):
+                for row in done.result():
                     results.add(**row)
     names = {row.name for row in rows}
     failed = [row["name"] for row in results.rows if row["name"] in names and not row["passed"]]
