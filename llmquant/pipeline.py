@@ -116,12 +116,12 @@ def run(
         return write_export(plan, adapter, carry, bool(plan.scheme and quantizer.promises_step(plan.scheme)), source.config,
                             Path(recipe.output_path), side_files=source.side_files, **shared)
 
-# %% ../nbs/pipeline.ipynb #4a9a973d
+# %% ../nbs/pipeline.ipynb #930a6345
 def _prover(recipe:Recipe, plan:Plan):
     "The proof to run on the finished folder, or None when nobody asked."
     if not recipe.verify: return None
     from llmquant.evaluation.proof import verify
-    return partial(verify, reference=recipe.model_path)
+    return partial(verify, reference=recipe.model_path, require_vllm=True)
 
 # %% ../nbs/pipeline.ipynb #fc072b7c
 def quantize(
