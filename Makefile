@@ -18,7 +18,7 @@ STAMPS := $(VENV)/.stamps
 help:
 	@echo "make demo     quantize a real language model, prove it in vLLM, print and plot what it cost"
 	@echo "make test     sync check, notebook tests, pytest"
-	@echo "make docs     the documentation site in _docs/, and README.md (STRICT=1: warnings are errors)"
+	@echo "make docs     the documentation site in _docs/, and README.md (STRICT=1: warnings are errors; KATEX=folder: formulas offline)"
 	@echo "make lab      JupyterLab on the notebooks"
 	@echo "make sync     export the notebooks to the package"
 	@echo "make notebooks  run notebooks and store their outputs (NOTEBOOKS=nbs/index.ipynb for one)"
@@ -82,7 +82,7 @@ test: $(STAMPS)/dev $(CHECK_VENV)/.stamp
 	@$(PY) -m pytest $(PYTEST_ARGS) tests
 
 docs: $(STAMPS)/dev
-	@$(PY) tools/docs.py $(if $(STRICT),--strict)
+	@$(PY) tools/docs.py $(if $(STRICT),--strict) $(if $(KATEX),--katex $(KATEX))
 
 sync: $(STAMPS)/dev
 	@$(PY) tools/sync.py
@@ -97,7 +97,7 @@ matrix: $(STAMPS)/dev
 	@$(PY) tools/matrix.py
 
 measure: $(STAMPS)/dev
-	@$(PY) tools/measure.py
+	@$(PY) tools/measure.py $(if $(TEXT),--text $(TEXT))
 
 hooks: $(STAMPS)/dev
 	@$(PY) tools/hooks.py

@@ -12,6 +12,7 @@ class Table(BasicMarkdownRenderer):
         text = super()._repr_markdown_()
         if inspect.isclass(self.sym):
             text = text.replace("```python\ndef ", "```python\nclass ")
+            text = text.replace("(\n    *args, **kwargs\n):", "():")  # a constructor that is object's own
         rows = [row(name, p) for name, p in docments(self.sym, full=True, returns=True).items()
                 if name != "self" and p.anno is not inspect._empty]
         return text + "\n\n" + "\n".join(["| | Type | Default | |", "|---|---|---|---|", *rows]) if rows else text
