@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SINGLE', 'INDEX', 'read_json', 'main_dtype', 'CheckpointSource', 'GGUFSource', 'open_checkpoint']
 
-# %% ../../nbs/checkpoint/source.ipynb #631c2742
+# %% ../../nbs/checkpoint/source.ipynb #43071292
 import json
 import os
 import re
@@ -15,9 +15,10 @@ from pathlib import Path, PurePosixPath
 import torch
 
 from .gguf import convert_gguf
-from .shard import TensorInfo, natural_key, open_shard, read_header, read_tensor
+from .shard import TensorInfo, open_shard, read_header, read_tensor
 from .side_files import PICKLES, find_side_files
 from ..core.errors import UsageError
+from ..core.names import natural_key
 
 # %% ../../nbs/checkpoint/source.ipynb #6deeac68
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['split_into_shards', 'tensor_bytes', 'plan_shard', 'write_at', 'Shards', 'ExportWriter']
 
-# %% ../../nbs/checkpoint/writer.ipynb #40179620
+# %% ../../nbs/checkpoint/writer.ipynb #f21a437c
 import errno
 import json
 import os
@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 
 from .folders import ExportFolder, flush
-from .shard import SAFETENSORS_WORDS, TensorInfo, as_bytes, natural_key
+from .shard import SAFETENSORS_WORDS, TensorInfo, as_bytes
 from ..core.errors import LLMQuantError
+from ..core.names import natural_key
 
 # %% ../../nbs/checkpoint/writer.ipynb #8c8e6ed9
 def split_into_shards(
