@@ -6,7 +6,7 @@
 __all__ = ['REPORT', 'ExportSink', 'export_config', 'ExportedModel', 'peak_memory_mib', 'make_report', 'to_yaml', 'write_export',
            'prove', 'plan_of_model', 'hand_over', 'side_of_model', 'export_model', 'adopt_marked']
 
-# %% ../nbs/export.ipynb #344396e7
+# %% ../nbs/export.ipynb #ca6575cc
 import json, platform, resource, tempfile, time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
@@ -22,7 +22,7 @@ from .checkpoint.writer import ExportWriter
 from .core.errors import ProofError, UsageError
 from .core.format_registry import FormatRegistry
 from .core.in_memory import ModelSource, adopt, is_adopted
-from .core.plan import LayerPlan, Plan, nbytes
+from .core.plan import LayerPlan, Plan, kept_tensors, nbytes
 from .core.qtensor import QuantizedWeight
 from .core.quant_linear import QuantLinear
 from .core.quantizer_registry import QuantizerRegistry
@@ -78,7 +78,7 @@ def _by_reason(layers:Iterable[LayerPlan]) -> dict[str, list[str]]:
     for layer in layers: groups.setdefault(layer.reason, []).append(layer.name)
     return groups
 
-# %% ../nbs/export.ipynb #d75862de
+# %% ../nbs/export.ipynb #6bdf0638
 def make_report(
     plan:Plan,                    # What was done
     results:list[LayerResult],    # What each layer gave
@@ -93,7 +93,8 @@ def make_report(
             "format": {"name": plan.format.name if plan.format else None, "dtype": dtype_name(plan.dtype),
                        "quant_method": plan.quantization_config.get("quant_method")},
             "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
-            "sizes": plan.sizes(), "peak_memory_mib": peak_memory_mib(), "layers": layers, "left_in_float": _by_reason(plan.ignored),
+            "sizes": plan.sizes(), "peak_memory_mib": peak_memory_mib(),
+            "layers": layers, "left_in_float": _by_reason(plan.ignored),
             "proof": {"digests": {r.layer.name: r.digest for r in results},
                       "promises_step": promises_step}}
 
@@ -148,7 +149,7 @@ def prove(
     writer.write_text(REPORT, to_yaml({**report, "proof": {**report["proof"], **found}}))
     return found
 
-# %% ../nbs/export.ipynb #7b3b3efb
+# %% ../nbs/export.ipynb #2e0e57a2
 def plan_of_model(
     model,       # A model with `QuantLinear` modules
     adapter,     # Its family's adapter
@@ -160,15 +161,16 @@ def plan_of_model(
     weights = {f"{name}.weight": (model.dtype, (m.out_features, m.in_features)) for name, m in layers.items()}
     sites = adapter.linear_sites(source.config, {n: s for n, (_, s) in {**source.tensors, **weights}.items()})
     reason = lambda s: s.reason or ("" if s.name in layers else "not among the layers asked for")
-    plans = tuple(LayerPlan(s.name, s.out_features, s.in_features, s.block, layers[s.name].scheme if s.name in layers else None,
-                            reason(s)) for s in sites)
+    scheme_of = lambda s: layers[s.name].scheme if s.name in layers else None
+    plans = tuple(LayerPlan(s.name, s.out_features, s.in_features, s.block, scheme_of(s), reason(s)) for s in sites)
     scheme = next(iter(layers.values())).scheme
     dtype, stored = scheme.scale_dtype, model.dtype
-    cast = lambda name, d: dtype if d == stored and d.is_floating_point and not adapter.keep_dtype(name) else d
-    kept = {name: (cast(name, d), shape) for name, (d, shape) in source.tensors.items()}
+    kept = kept_tensors(source.tensors, plans, stored, dtype, adapter.keep_dtype)
     method = next(iter(layers.values())).quantization_method
     if format == "auto": format = model.config.quantization_config["quant_method"].replace("-", "_")
-    return Plan(method, plans, kept, dtype, scheme, FormatRegistry.get(format)(container), nbytes({**source.tensors, **weights})), layers, source
+    plan = Plan(method, plans, kept, dtype, scheme, FormatRegistry.get(format)(container),
+                nbytes({**source.tensors, **weights}))
+    return plan, layers, source
 
 # %% ../nbs/export.ipynb #23460724
 def hand_over(
@@ -198,7 +200,7 @@ def side_of_model(
     if model.generation_config is not None: model.generation_config.save_pretrained(folder)
     return model.config.to_dict(), sorted(folder.iterdir())
 
-# %% ../nbs/export.ipynb #0f7328cf
+# %% ../nbs/export.ipynb #60cb5fc2
 def export_model(
     model,                   # A quantized transformers model
     adapter,                 # Its family's adapter
@@ -210,22 +212,27 @@ def export_model(
 ) -> dict:                   # The report
     "Write a model that was quantized in memory; the same export, byte for byte, as the streaming way."
     model_config = getattr(model.config, "quantization_config", None)
-    if not model_config: raise UsageError("the model is not quantized (model.config has no quantization_config); quantize it before saving")
+    if not model_config:
+        raise UsageError("the model is not quantized (model.config has no quantization_config); "
+                         "quantize it before saving")
     if not is_adopted(model): adopt_marked(model, model_config)
     plan, layers, tensors = plan_of_model(model, adapter, container, format)
     plan.check_servable()
     facts = facts or {"model": {"path": str(source) if source else None, "adapter": adapter.model_type}}
     with tempfile.TemporaryDirectory() as folder:
         config, side_files = side_of_model(model, Path(source) if source else None, Path(folder))
-        return write_export(plan, adapter, lambda sink: hand_over(plan, layers, tensors, sink), False, config, Path(path), facts,
+        carry = lambda sink: hand_over(plan, layers, tensors, sink)
+        return write_export(plan, adapter, carry, False, config, Path(path), facts,
                             side_files=side_files, **kwargs)
 
-# %% ../nbs/export.ipynb #16d66350
+# %% ../nbs/export.ipynb #69aee33f
 def adopt_marked(
     model,         # Holds float weights; edited in place
     config:dict,   # The guide's quantization_config
 ):
     "Give a model in the guide's style real codes before it is saved."
     lacks = [k for k in ("quantization_method", "bits", "group_size") if k not in config]
-    if lacks: raise UsageError(f"model.config.quantization_config has no {', '.join(lacks)}, and the model holds no quantized layer")
+    if lacks:
+        raise UsageError(f"model.config.quantization_config has no {', '.join(lacks)}, "
+                         "and the model holds no quantized layer")
     adopt(QuantizerRegistry.get(config["quantization_method"])(), model, config["bits"], config["group_size"])
