@@ -2,7 +2,8 @@
 
 __version__ = "0.1.0"
 
-# vLLM imports this package in each of its processes to find the plugin, so nothing heavy is imported before it is asked for.
+# vLLM imports this package in each of its processes to find the plugin, so nothing heavy is imported before it is
+# asked for.
 _FRONT_DOOR = {"quantize": "llmquant.pipeline", "load": "llmquant.loading", "verify": "llmquant.evaluation.proof"}
 
 

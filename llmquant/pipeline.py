@@ -38,7 +38,7 @@ def make_quantizer(
     if not quantizer.name: quantizer.name = recipe.method
     return quantizer.configure(recipe.options)
 
-# %% ../nbs/pipeline.ipynb #da06661d
+# %% ../nbs/pipeline.ipynb #9ba86422
 def plan_checkpoint(
     recipe:Recipe,           # What to do
     source:CheckpointSource, # With what
@@ -48,7 +48,8 @@ def plan_checkpoint(
     adapter = ModelRegistry.for_config(source.config)
     adapter.trust_remote_code = recipe.trust_remote_code
     tensors = {name: (info.dtype, info.shape) for name, info in source.tensors.items()}
-    plan = make_plan(adapter, source.config, tensors, source.dtype, quantizer, recipe.bits, recipe.group_size, recipe.layers,
+    plan = make_plan(adapter, source.config, tensors, source.dtype, quantizer,
+                     recipe.bits, recipe.group_size, recipe.layers,
                      recipe.format, recipe.container, recipe.torch_dtype)
     plan.check_servable()
     return plan, adapter
@@ -80,11 +81,12 @@ def streams(
     "Whether tensors can go straight from shard to shard."
     return type(quantizer).quantize is BaseQuantizer.quantize and not recipe.outlier_suppression
 
-# %% ../nbs/pipeline.ipynb #01454671
+# %% ../nbs/pipeline.ipynb #74b07b3b
 def run_in_memory(recipe:Recipe, source:CheckpointSource, quantizer:BaseQuantizer, adapter, **kwargs) -> dict:
     "Load the model, let suppressors and the quantizer edit it, export it."
     from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained(source.path, dtype="auto", trust_remote_code=recipe.trust_remote_code).eval()
+    model = AutoModelForCausalLM.from_pretrained(source.path, dtype="auto",
+                                                 trust_remote_code=recipe.trust_remote_code).eval()
     model.to(kwargs.pop("device"))
     for name in recipe.outlier_suppression: model = OutlierSuppressionRegistry.get(name)().apply(model, None)
     if getattr(model.config, "quantization_config", None): model.config.quantization_config = None
@@ -92,9 +94,10 @@ def run_in_memory(recipe:Recipe, source:CheckpointSource, quantizer:BaseQuantize
                        target_layers=list(recipe.layers) if recipe.layers else None, calibration_data=None,
                        config={**recipe.options, "model": {"torch_dtype": recipe.torch_dtype}})
     if not is_adopted(model): adopt(quantizer, model, recipe.bits, recipe.group_size, recipe.layers, recipe.torch_dtype)
-    return export_model(model, adapter, recipe.output_path, source.path, format=recipe.format, container=recipe.container, **kwargs)
+    return export_model(model, adapter, recipe.output_path, source.path,
+                        format=recipe.format, container=recipe.container, **kwargs)
 
-# %% ../nbs/pipeline.ipynb #3ef616a1
+# %% ../nbs/pipeline.ipynb #24379011
 def run(
     recipe:Recipe, # From `resolve`
 ) -> dict:         # The report
@@ -106,14 +109,18 @@ def run(
     with closing(open_checkpoint(recipe.model_path, recipe.trust_remote_code)) as source:
         plan, adapter = plan_checkpoint(recipe, source, quantizer)
         device = pick_device(recipe.device_map)
-        facts = {"recipe": recipe_to_dict(recipe), "model": {"path": str(recipe.model_path), "model_type": source.config.get("model_type"),
-                 "adapter": adapter.model_type, "dtype": dtype_name(source.dtype)}}
-        shared = dict(facts=facts, verify=_prover(recipe, plan), max_shard_bytes=recipe.max_shard_size, overwrite=recipe.overwrite)
-        logger.info("%s: %d layers to %s, %d left in float", recipe.model_path, len(plan.quantized), plan.scheme or "16 bits", len(plan.ignored))
+        model = {"path": str(recipe.model_path), "model_type": source.config.get("model_type"),
+                 "adapter": adapter.model_type, "dtype": dtype_name(source.dtype)}
+        shared = dict(facts={"recipe": recipe_to_dict(recipe), "model": model}, verify=_prover(recipe, plan),
+                      max_shard_bytes=recipe.max_shard_size, overwrite=recipe.overwrite)
+        logger.info("%s: %d layers to %s, %d left in float",
+                    recipe.model_path, len(plan.quantized), plan.scheme or "16 bits", len(plan.ignored))
         if recipe.bits < 16 and not streams(quantizer, recipe):
             return run_in_memory(recipe, source, quantizer, adapter, device=device, **shared)
-        carry = partial(walk, plan, quantizer, source, device=device, progress=partial(progress, description="quantizing", unit="tensor"))
-        return write_export(plan, adapter, carry, bool(plan.scheme and quantizer.promises_step(plan.scheme)), source.config,
+        counted = partial(progress, description="quantizing", unit="tensor")
+        carry = partial(walk, plan, quantizer, source, device=device, progress=counted)
+        promises_step = bool(plan.scheme and quantizer.promises_step(plan.scheme))
+        return write_export(plan, adapter, carry, promises_step, source.config,
                             Path(recipe.output_path), side_files=source.side_files, **shared)
 
 # %% ../nbs/pipeline.ipynb #930a6345
@@ -150,7 +157,7 @@ def count_parameters(
     if not report.exists(): return None
     return plain + sum(prod(l["shape"]) for l in yaml.safe_load(report.read_text(encoding="utf-8"))["layers"].values())
 
-# %% ../nbs/pipeline.ipynb #dbebe1ff
+# %% ../nbs/pipeline.ipynb #a8fb8b59
 def info(
     path:str|Path, # A checkpoint or an export
 ) -> dict:         # Plain values
@@ -160,8 +167,10 @@ def info(
         quantization = config.get("quantization_config") or {}
         text = config.get("text_config") or config
         elements = {name: i.nbytes for name, i in source.tensors.items()}
-        return {"path": str(path), "model_type": config.get("model_type"), "adapter": ModelRegistry.for_config(config).model_type,
-                "dtype": dtype_name(source.dtype), "blocks": text.get("num_hidden_layers"), "hidden_size": text.get("hidden_size"),
-                "vocab_size": text.get("vocab_size"), "parameters": count_parameters(source), "tensors": len(elements), "bytes": sum(elements.values()),
-                "quantization": {k: quantization[k] for k in ("quant_method", "format", "llmquant_method", "llmquant_scheme")
-                                 if k in quantization} or None}
+        shown = "quant_method", "format", "llmquant_method", "llmquant_scheme"
+        return {"path": str(path), "model_type": config.get("model_type"),
+                "adapter": ModelRegistry.for_config(config).model_type,
+                "dtype": dtype_name(source.dtype), "blocks": text.get("num_hidden_layers"),
+                "hidden_size": text.get("hidden_size"), "vocab_size": text.get("vocab_size"),
+                "parameters": count_parameters(source), "tensors": len(elements), "bytes": sum(elements.values()),
+                "quantization": {k: quantization[k] for k in shown if k in quantization} or None}

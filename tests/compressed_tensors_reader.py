@@ -1,7 +1,7 @@
 """Read packed weights with compressed-tensors' own library, whichever version this interpreter has.
 
-python compressed_tensors_reader.py CASES.json FOLDER: each case names a file in FOLDER with the tensors of one layer `l`
-and its quantization_config; `weight` and what the library calls them go to FOLDER/NAME.read.safetensors.
+python compressed_tensors_reader.py CASES.json FOLDER: each case names a file in FOLDER with the tensors of one layer
+`l` and its quantization_config; `weight` and what the library calls them go to FOLDER/NAME.read.safetensors.
 """
 import json
 import sys

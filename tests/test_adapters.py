@@ -1,4 +1,4 @@
-"Adapters against what is independent of them: transformers' own files, vLLM's fusion tables, a process without transformers."
+"Adapters against what is independent: transformers' own files, vLLM's fusion tables, a process without transformers."
 import ast
 import importlib.util
 import json
@@ -65,7 +65,8 @@ def test_sites_and_reasons(kind, checkpoints):
             assert (site.out_features, site.in_features) == tuple(tensors[f"{site.name}.weight"].shape)
             assert site.block == adapter.block_of(site.name)
     why = explain(adapter, config, shapes_of(tensors))
-    assert {f"{site.name}.weight" for site in sites if site.quantize} == {name for name, reason in why.items() if not reason}
+    quantized = {f"{site.name}.weight" for site in sites if site.quantize}
+    assert quantized == {name for name, reason in why.items() if not reason}
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -132,8 +133,8 @@ def test_known_families_do_not_import_transformers(checkpoints):
         from llmquant.models.llama_adapter import LlamaAdapter
         from llmquant.models.qwen_adapter import QwenAdapter
         for config, shapes in json.load(sys.stdin):
-            family = next(a for a in (LlamaAdapter, QwenAdapter, DeepSeekAdapter) if config["model_type"] in a.model_types)
-            adapter = family()
+            families = LlamaAdapter, QwenAdapter, DeepSeekAdapter
+            adapter = next(a for a in families if config["model_type"] in a.model_types)()
             adapter.fused_groups(adapter.linear_sites(config, shapes))
         sys.exit("transformers" in sys.modules)"""
     given = [(config, shapes_of(tensors)) for config, tensors in map(read, (checkpoints[kind] for kind in FAMILIES))]
@@ -146,18 +147,22 @@ def vllm_tables():
     found = importlib.util.find_spec("vllm")
     if found is None: pytest.skip("vLLM is not installed")
     tables = {}
-    for name in ("llama", "granite", "hyperclovax", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "deepseek_v2", "gemma2"):
+    files = "llama", "granite", "hyperclovax", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "deepseek_v2", "gemma2"
+    for name in files:
         file = Path(found.origin).parent/"model_executor"/"models"/f"{name}.py"
         table = tables.setdefault(name, {})
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0] if isinstance(node, ast.Assign) else None
+            target = None
+            if isinstance(node, ast.AnnAssign): target = node.target
+            if isinstance(node, ast.Assign): target = node.targets[0]
             if getattr(target, "id", "") == "packed_modules_mapping": table |= ast.literal_eval(node.value)
             if isinstance(target, ast.Subscript) and getattr(target.value, "attr", "") == "packed_modules_mapping":
                 table[ast.literal_eval(target.slice)] = ast.literal_eval(node.value)
     return tables
 
 
-@pytest.mark.parametrize("adapter,files", ((LlamaAdapter, ("llama", "granite", "hyperclovax")), (DeepSeekAdapter, ("deepseek_v2",)),
+@pytest.mark.parametrize("adapter,files", ((LlamaAdapter, ("llama", "granite", "hyperclovax")),
+                                           (DeepSeekAdapter, ("deepseek_v2",)),
                                            (QwenAdapter, ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe"))))
 def test_fused_groups_are_those_of_vllm(adapter, files):
     tables = vllm_tables()

@@ -274,7 +274,8 @@ def test_bugs_keep_their_traceback(monkeypatch):
 def test_flags_reach_the_recipe(monkeypatch, capsys):
     "The guide's flags, and ours, one by one."
     seen = []
-    report = {"method": "minmax", "sizes": {"checkpoint": 10, "export": 3, "quantized_layers": 5, "quantized_layers_dense": 5}, "layers": {}, "left_in_float": {}}
+    sizes = {"checkpoint": 10, "export": 3, "quantized_layers": 5, "quantized_layers_dense": 5}
+    report = {"method": "minmax", "sizes": sizes, "layers": {}, "left_in_float": {}}
     monkeypatch.setattr("llmquant.pipeline.run", lambda recipe: seen.append(recipe) or report)
     text = ("--verbose --model-path a --output-path b --method minmax --bits 8 --group-size -1 --layer-wise "
             "--layers 0,2-3 --outlier-suppression none --calibration-dataset none --format compressed-tensors "

@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-import tiny
 from llmquant.core.qtensor import QuantizedWeight, round_to_grid
 from llmquant.core.scheme import QuantScheme
 from llmquant.formats.awq import AWQFormat

@@ -83,7 +83,8 @@ def test_folder_holds_what_it_must(base, tmp_path):
 
 def test_codes_on_disk_dequantize_to_the_weights(base, tmp_path):
     "Against a plain loop over the checkpoint: no code shared with the package."
-    llmquant.quantize(base, tmp_path / "out", bits=8, group_size=0, config={"quantization": {"minmax": {"per_channel": True}}})
+    config = {"quantization": {"minmax": {"per_channel": True}}}
+    llmquant.quantize(base, tmp_path / "out", bits=8, group_size=0, config=config)
     tensors = all_tensors(tmp_path / "out")
     name = "model.layers.1.mlp.down_proj"
     weight = {n: t for f in base.glob("*.safetensors") for n, t in _read(f).items()}[f"{name}.weight"].double()
@@ -145,7 +146,8 @@ class GuideStyle(BaseQuantizer):
     "As the guide writes it: float weights in place, attributes on every module, its own config words."
     def __init__(self): self.name = "guide_style"
 
-    def quantize(self, model, bits=4, group_size=128, layer_wise=False, target_layers=None, calibration_data=None, config=None):
+    def quantize(self, model, bits=4, group_size=128, layer_wise=False, target_layers=None,
+                 calibration_data=None, config=None):
         for name, module in model.named_modules():
             if isinstance(module, torch.nn.Linear) and name != "lm_head":
                 parts = module.weight.data.float().view(module.out_features, -1, group_size)
@@ -155,7 +157,8 @@ class GuideStyle(BaseQuantizer):
         return model
 
     def _add_vllm_compatibility(self, model, bits, group_size):
-        model.config.quantization_config = {"quantization_method": "guide_style", "bits": bits, "group_size": group_size}
+        model.config.quantization_config = {"quantization_method": "guide_style", "bits": bits,
+                                            "group_size": group_size}
         for _, module in model.named_modules():
             if hasattr(module, "weight") and module.weight is not None:
                 module.qweight, module.scales, module.zeros = module.weight.data, torch.tensor(1.0), torch.tensor(0.0)
@@ -210,7 +213,8 @@ def third_party(tmp_path):
 
 
 def run(env, *arguments):
-    return subprocess.run([sys.executable, str(ROOT / "quantize.py"), *map(str, arguments)], env=env, capture_output=True, text=True)
+    command = [sys.executable, str(ROOT / "quantize.py"), *map(str, arguments)]
+    return subprocess.run(command, env=env, capture_output=True, text=True)
 
 
 def test_third_partys_quantizer_is_a_method_with_known_options(third_party, base, tmp_path):
@@ -251,7 +255,8 @@ def quantized_already(path):
 
 def hub_code(path):
     config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps({**config, "model_type": "fancy", "auto_map": {"AutoModelForCausalLM": "m.M"}}))
+    config |= {"model_type": "fancy", "auto_map": {"AutoModelForCausalLM": "m.M"}}
+    (path / "config.json").write_text(json.dumps(config))
 
 
 def not_a_number(path):
@@ -268,9 +273,9 @@ def pickles(path):
 
 BAD = [(missing, "nowhere"), (no_checkpoint, "no checkpoint"), (missing_shard, "model-00002"), (truncated, "truncated"),
        (outside, "outside"), (quantized_already, "already quantized (awq)"), (hub_code, "trust_remote_code"),
-       (not_a_number, "tensor model.layers.1.mlp.up_proj.weight: 1 of"), (pickles, "pickles"), (unsupported_bits, "2, 3, 4, 8"),
-       (not_dividing, "use 32, 64, 128 or -1"), (unknown_method, "minmax"), (unknown_suppressor, "unknown outlier suppressor"),
-       (missing_layer, "layers 0 to 1"), (wrong_type, "four")]
+       (not_a_number, "tensor model.layers.1.mlp.up_proj.weight: 1 of"), (pickles, "pickles"),
+       (unsupported_bits, "2, 3, 4, 8"), (not_dividing, "use 32, 64, 128 or -1"), (unknown_method, "minmax"),
+       (unknown_suppressor, "unknown outlier suppressor"), (missing_layer, "layers 0 to 1"), (wrong_type, "four")]
 
 
 @pytest.mark.parametrize("spoil,says", BAD, ids=[b[0].__name__ for b in BAD])
@@ -279,7 +284,8 @@ def test_bad_input_is_one_line_and_nothing_is_written(spoil, says, base, tmp_pat
     model = tmp_path / "model"
     shutil.copytree(base, model)
     extra = spoil(model) or ()
-    arguments = {"--model-path": model, "--output-path": tmp_path / "out", "--bits": 4, "--group-size": 32} | dict(zip(extra[::2], extra[1::2], strict=True))
+    arguments = {"--model-path": model, "--output-path": tmp_path / "out", "--bits": 4, "--group-size": 32}
+    arguments |= dict(zip(extra[::2], extra[1::2], strict=True))
     before = {p.name for p in tmp_path.iterdir()}
     done = run(os.environ, *[word for pair in arguments.items() for word in pair])
     assert done.returncode == 2 and says in done.stderr, done.stderr
@@ -294,7 +300,8 @@ def test_the_same_run_without_a_fault_succeeds(base, tmp_path):
     assert done.returncode == 0, done.stderr
     again = run(os.environ, "--model-path", base, "--output-path", tmp_path / "out", "--bits", 4, "--group-size", 32)
     assert again.returncode == 2 and "--overwrite" in again.stderr
-    over = run(os.environ, "--model-path", base, "--output-path", tmp_path / "out", "--bits", 8, "--group-size", 32, "--overwrite")
+    over = run(os.environ, "--model-path", base, "--output-path", tmp_path / "out", "--bits", 8, "--group-size", 32,
+               "--overwrite")
     assert over.returncode == 0 and yaml.safe_load((tmp_path / "out" / REPORT).read_text())["scheme"]["bits"] == 8
     assert {p.name for p in tmp_path.iterdir()} == {"out"}
 

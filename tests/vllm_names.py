@@ -1,4 +1,4 @@
-"""Ask vLLM's own functions which modules they would quantize and which shapes its CPU kernel takes; JSON in, JSON out."""
+"""Ask vLLM's own functions which modules they would quantize, which shapes its CPU kernel takes; JSON in, JSON out."""
 import json
 import sys
 from types import SimpleNamespace

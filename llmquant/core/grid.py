@@ -23,7 +23,7 @@ def grouped(
     scheme.check("weight", weight.shape[1])
     return weight.reshape(weight.shape[0], -1, scheme.width(weight.shape[1]) or 1)
 
-# %% ../../nbs/core/grid.ipynb #73941f63
+# %% ../../nbs/core/grid.ipynb #19e150d0
 def store_scale(
     scale:Tensor,       # float32, at least 0
     scheme:QuantScheme, # Its scale_dtype is what the export stores
@@ -31,7 +31,8 @@ def store_scale(
     "Round scales to the dtype they are stored in; `UsageError` when one overflows or is not a number."
     stored = scale.to(scheme.scale_dtype)
     if not torch.isfinite(stored).all():
-        if not torch.isfinite(scale).all(): raise UsageError("the weight holds NaN or infinite values; repair the checkpoint")
+        if not torch.isfinite(scale).all():
+            raise UsageError("the weight holds NaN or infinite values; repair the checkpoint")
         raise UsageError(f"a scale of {float(scale.max()):.3g} overflows {dtype_name(scheme.scale_dtype)}; "
                          "set model.torch_dtype to bfloat16")
     smallest = torch.finfo(scheme.scale_dtype).tiny
@@ -138,12 +139,12 @@ def _search(weight:Tensor, scheme:QuantScheme) -> tuple[Tensor, Tensor]:
         scales, zeros = torch.where(better, s, scales), torch.where(better, z, zeros)
     return scales, zeros
 
-# %% ../../nbs/core/grid.ipynb #2831b3d5
+# %% ../../nbs/core/grid.ipynb #d114e372
 def fit_grid(
     weight:Tensor,      # [out_features, in_features], any float dtype
     scheme:QuantScheme, # Width, symmetry, granularity and rule
 ) -> tuple[Tensor, Tensor]: # Scales in scale_dtype and zero points (uint8), both [out_features, groups]
-    "The grid of each group by the scheme's rule; `UsageError` for NaN, infinity, or a group that does not divide the row."
+    "The grid of each group by the scheme's rule; `UsageError` for NaN, infinity, or a group that does not divide."
     if scheme.range_rule == "mse": scales, zeros = _search(weight, scheme)
     else: scales, zeros = grid_of_range(*ranges(weight, scheme), scheme)
     shape = weight.shape[0], scheme.groups(weight.shape[1])

@@ -75,7 +75,7 @@ def replace_module_(
                 return
     raise UsageError(f"{type(old).__name__} is not a module of {type(model).__name__}")
 
-# %% ../../nbs/core/in_memory.ipynb #97bf2c19
+# %% ../../nbs/core/in_memory.ipynb #4dbddd8a
 def options_of(
     config:Mapping|None, # The call's `config`
     method:str,          # The quantizer's name
@@ -83,7 +83,8 @@ def options_of(
 ) -> tuple[dict, dict]:  # The method's options, and the `model` section
     "The method's options out of a YAML document or a plain dictionary."
     config = dict(config or {})
-    if "quantization" not in config: return {k: v for k, v in config.items() if k != "model"}, dict(config.get("model") or {})
+    model = dict(config.get("model") or {})
+    if "quantization" not in config: return {k: v for k, v in config.items() if k != "model"}, model
     section = dict(config["quantization"] or {})
     for key, value in call.items():
         if key in section and section[key] != value:
@@ -91,7 +92,7 @@ def options_of(
     section = {k: v for k, v in section.items() if k not in (*call, "method", "outlier_suppression", "layer_wise")}
     own = section.pop(method, None)
     own = {} if own in (None, "pass") else own
-    return {**{k: v for k, v in section.items() if not isinstance(v, Mapping) and v != "pass"}, **own}, dict(config.get("model") or {})
+    return {**{k: v for k, v in section.items() if not isinstance(v, Mapping) and v != "pass"}, **own}, model
 
 # %% ../../nbs/core/in_memory.ipynb #3e0613b5
 def plan_model(
@@ -110,7 +111,7 @@ def plan_model(
                      torch_dtype=torch_dtype)
     return plan, adapter, source
 
-# %% ../../nbs/core/in_memory.ipynb #5a724513
+# %% ../../nbs/core/in_memory.ipynb #e5a80ca1
 @torch.no_grad()
 def quantize_model(
     quantizer,                  # A quantizer
@@ -126,7 +127,8 @@ def quantize_model(
         raise UsageError(f"{quantizer.name} needs no calibration data; leave calibration_data out")
     options, section = options_of(config, quantizer.name, bits=bits, group_size=group_size)
     if options or not quantizer.settings: quantizer.configure(options)
-    plan, adapter, source = plan_model(quantizer, model, bits, group_size, target_layers, section.get("torch_dtype", "auto"))
+    torch_dtype = section.get("torch_dtype", "auto")
+    plan, adapter, source = plan_model(quantizer, model, bits, group_size, target_layers, torch_dtype)
     sink = ModuleSink(model, adapter, quantizer.name)
     for layer in plan.quantized:
         quantized, result = quantize_layer(quantizer, layer, source.tensor(f"{layer.name}.weight"), None)
@@ -134,7 +136,7 @@ def quantize_model(
     if plan.quantized: model.config.quantization_config = plan.quantization_config
     return model
 
-# %% ../../nbs/core/in_memory.ipynb #53d9f3fc
+# %% ../../nbs/core/in_memory.ipynb #36e7c231
 MARKS = ("qweight", "scales", "zeros", "bits", "group_size", "quantization_method")
 
 def own_grid(
@@ -144,9 +146,11 @@ def own_grid(
     "The grid that a class in the guide's style left on a module."
     shape = layer.out_features, layer.scheme.groups(layer.in_features)
     scales, zeros = getattr(module, "scales", None), getattr(module, "zeros", None)
-    if not (torch.is_tensor(scales) and torch.is_tensor(zeros) and tuple(scales.shape) == tuple(zeros.shape) == shape): return None
+    if not (torch.is_tensor(scales) and torch.is_tensor(zeros)): return None
+    if not tuple(scales.shape) == tuple(zeros.shape) == shape: return None
     if not torch.equal(zeros, zeros.round().clamp(0, layer.scheme.qmax)):
-        raise UsageError(f"layer {layer.name}: zeros must be whole numbers from 0 to {layer.scheme.qmax} for {layer.scheme.bits} bits")
+        raise UsageError(f"layer {layer.name}: zeros must be whole numbers from 0 to {layer.scheme.qmax} "
+                         f"for {layer.scheme.bits} bits")
     return scales.to(layer.scheme.scale_dtype), zeros.to(torch.uint8)
 
 # %% ../../nbs/core/in_memory.ipynb #2d493a97

@@ -9,11 +9,13 @@ __all__ = ['adapter_for', 'ModelRegistry']
 from .errors import UsageError
 from .registry import Registry
 
-# %% ../../nbs/core/model_registry.ipynb #fcd16930
+# %% ../../nbs/core/model_registry.ipynb #81a0ca9c
 def _check_adapter(name:str, cls:type):
     "Refuse a class without the methods that every adapter has."
     missing = [m for m in ("linear_sites", "checkpoint_tensors", "get_layers") if not callable(getattr(cls, m, None))]
-    if missing: raise UsageError(f"model adapter {name!r}: {cls.__name__} has no {', '.join(missing)}; subclass BaseHuggingFaceAdapter")
+    if missing:
+        raise UsageError(f"model adapter {name!r}: {cls.__name__} has no {', '.join(missing)}; "
+                         "subclass BaseHuggingFaceAdapter")
 
 # %% ../../nbs/core/model_registry.ipynb #3000345a
 def adapter_for(
@@ -29,10 +31,11 @@ def adapter_for(
     hits = [hit for hit in map(registry.match, names) if hit]
     return registry.get(hits[0] if hits else "default")()
 
-# %% ../../nbs/core/model_registry.ipynb #cda972d2
+# %% ../../nbs/core/model_registry.ipynb #23c10feb
 class ModelRegistry:
     "Model adapters by name."
-    _registry = Registry("model adapter", _check_adapter, "llmquant.registry_init:register_model_adapters", "llmquant.adapters")
+    _registry = Registry("model adapter", _check_adapter, "llmquant.registry_init:register_model_adapters",
+                         "llmquant.adapters")
     register, get, list_adapters = _registry.register, _registry.get, _registry.names
 
     @classmethod

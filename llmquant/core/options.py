@@ -29,7 +29,7 @@ class Option:
 SYMMETRIC = Option("symmetric", bool, False, "zero lies in the middle of the grid, no zero points are stored",
                    aliases=("sym",), negations=("zero_point",))
 
-# %% ../../nbs/core/options.ipynb #aa3426b3
+# %% ../../nbs/core/options.ipynb #0bec6517
 def check_value(
     option:Option, # What is allowed
     value:Any,     # What was given
@@ -38,23 +38,26 @@ def check_value(
     "Validate one value; `UsageError` names it and what is allowed."
     if option.type is float and type(value) is int: value = float(value)
     if type(value) is not option.type:
-        raise UsageError(f"{where}: {value!r} is {type(value).__name__}, must be {option.type.__name__}{_allowed(option)}")
+        raise UsageError(f"{where}: {value!r} is {type(value).__name__}, "
+                         f"must be {option.type.__name__}{_allowed(option)}")
     if option.choices and value not in option.choices:
-        raise UsageError(f"{where}: {value!r} is not one of {', '.join(map(str, option.choices))}{closest(value, option.choices)}")
+        raise UsageError(f"{where}: {value!r} is not one of {', '.join(map(str, option.choices))}"
+                         f"{closest(value, option.choices)}")
     low, high = option.minimum, option.maximum
     if (low is not None and not value >= low) or (high is not None and not value <= high):
         raise UsageError(f"{where}: {value!r} is out of range; must be{_allowed(option)}")
     return value
 
-# %% ../../nbs/core/options.ipynb #2b600f6b
+# %% ../../nbs/core/options.ipynb #31b2772c
 def _allowed(option:Option) -> str:
     "What `option` takes, in words that follow its type."
     if option.choices: return " (" + ", ".join(map(str, option.choices)) + ")"
-    if option.minimum is not None and option.maximum is not None: return f" between {option.minimum} and {option.maximum}"
+    if option.minimum is not None and option.maximum is not None:
+        return f" between {option.minimum} and {option.maximum}"
     if option.minimum is not None: return f" at least {option.minimum}"
     return f" at most {option.maximum}" if option.maximum is not None else ""
 
-# %% ../../nbs/core/options.ipynb #5f289b6f
+# %% ../../nbs/core/options.ipynb #5fb83e57
 def parse_options(
     options:Sequence[Option],  # What the component declares
     given:Mapping[str, Any],   # What the user wrote
@@ -62,7 +65,8 @@ def parse_options(
 ) -> dict[str, Any]:           # Every option by its own name, defaults filled in
     "Validate a section; unknown keys, wrong types and contradictions raise `UsageError`."
     spelling = {o.name: (o, False) for o in options}
-    spelling |= {a: (o, False) for o in options for a in o.aliases} | {n: (o, True) for o in options for n in o.negations}
+    spelling |= {a: (o, False) for o in options for a in o.aliases}
+    spelling |= {n: (o, True) for o in options for n in o.negations}
     values, written = {}, {}
     for key, value in given.items():
         if key not in spelling:

@@ -32,7 +32,7 @@ def raw_bytes(
     "The tensor's bytes in C order."
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
 
-# %% ../../nbs/core/qtensor.ipynb #1cdbcf5c
+# %% ../../nbs/core/qtensor.ipynb #31de9bc9
 @dataclass(frozen=True)
 class QuantizedWeight:
     "A weight as integer codes on a grid."
@@ -43,11 +43,13 @@ class QuantizedWeight:
 
     def __post_init__(self):
         if self.codes.dtype != torch.uint8 or self.codes.dim() != 2:
-            raise UsageError(f"codes are {dtype_name(self.codes.dtype)} {list(self.codes.shape)}; must be uint8 [out_features, in_features]")
+            raise UsageError(f"codes are {dtype_name(self.codes.dtype)} {list(self.codes.shape)}; "
+                             "must be uint8 [out_features, in_features]")
         shape = self.codes.shape[0], self.scheme.groups(self.codes.shape[1])
         for what, t, dtype in ("scales", self.scales, self.scheme.scale_dtype), ("zeros", self.zeros, torch.uint8):
             if tuple(t.shape) != shape or t.dtype != dtype:
-                raise UsageError(f"{what} are {dtype_name(t.dtype)} {list(t.shape)}; must be {dtype_name(dtype)} {list(shape)}")
+                raise UsageError(f"{what} are {dtype_name(t.dtype)} {list(t.shape)}; "
+                                 f"must be {dtype_name(dtype)} {list(shape)}")
 
     def digest(self) -> str:
         "SHA-256 of codes, scales and zeros, as hexadecimal digits."

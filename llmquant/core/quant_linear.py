@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .packing import pack_bits, unpack_bits
 from .qtensor import QuantizedWeight
 
-# %% ../../nbs/core/quant_linear.ipynb #5ac0242f
+# %% ../../nbs/core/quant_linear.ipynb #a9ddfb9e
 class QuantLinear(nn.Module):
     "A Linear with a quantized weight; y = x Ŵᵀ + bias."
     def __init__(self,
@@ -22,7 +22,8 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.scheme, self.quantization_method = weight.scheme, method
         self.out_features, self.in_features = weight.codes.shape
-        self.bits, self.group_size = weight.scheme.bits, weight.scheme.group_size if weight.scheme.granularity == "group" else -1
+        self.bits = weight.scheme.bits
+        self.group_size = weight.scheme.group_size if weight.scheme.granularity == "group" else -1
         self.register_buffer("qweight", pack_bits(weight.codes, self.bits))
         self.register_buffer("scales", weight.scales)
         self.register_buffer("zeros", weight.zeros)
@@ -30,7 +31,8 @@ class QuantLinear(nn.Module):
 
     def quantized_weight(self) -> QuantizedWeight:
         "Codes, scales and zero points."
-        return QuantizedWeight(unpack_bits(self.qweight, self.bits, self.in_features), self.scales, self.zeros, self.scheme)
+        codes = unpack_bits(self.qweight, self.bits, self.in_features)
+        return QuantizedWeight(codes, self.scales, self.zeros, self.scheme)
 
     def dequantize(self,
         dtype:torch.dtype=torch.float32, # Of the result

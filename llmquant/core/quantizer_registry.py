@@ -72,14 +72,15 @@ def configure(self:BaseQuantizer,
     self.settings = MappingProxyType(parse_options(self.all_options(), values, where or f"quantization.{self.name}"))
     return self
 
-# %% ../../nbs/core/quantizer_registry.ipynb #6ce3a4f3
+# %% ../../nbs/core/quantizer_registry.ipynb #1927a75d
 @patch
 def check_bits(self:BaseQuantizer,
     bits:int, # What was asked for
 ):
     "`UsageError` (a `ValueError`) when the method does not do `bits`."
     if bits not in self.get_supported_bits() or isinstance(bits, bool):
-        raise UsageError(f"bits {bits!r} is not supported by {self.name}; use one of {', '.join(map(str, self.get_supported_bits()))}")
+        raise UsageError(f"bits {bits!r} is not supported by {self.name}; "
+                         f"use one of {', '.join(map(str, self.get_supported_bits()))}")
 
 # %% ../../nbs/core/quantizer_registry.ipynb #8ef6e8df
 @patch
@@ -110,23 +111,26 @@ def quantize(self:BaseQuantizer,
     from llmquant.core.in_memory import quantize_model
     return quantize_model(self, model, bits, group_size, layer_wise, target_layers, calibration_data, config)
 
-# %% ../../nbs/core/quantizer_registry.ipynb #249315c9
+# %% ../../nbs/core/quantizer_registry.ipynb #05828998
 REQUIRED = ("qweight", "scales", "zeros", "bits", "group_size", "quantization_method")
 
 @patch
 def _verify_vllm_compatibility(self:BaseQuantizer,
     model, # A quantized model
 ):
-    "`UsageError` when the model has no quantization_config, or a quantized layer lacks an attribute or keeps it outside its buffers."
+    "`UsageError` when the model has no quantization_config, or a quantized layer lacks an attribute or a buffer."
     if not getattr(model.config, "quantization_config", None):
         raise UsageError("model.config has no quantization_config; quantize the model first")
     layers = [(n, m) for n, m in model.named_modules() if getattr(m, "quantization_method", None)]
     if not layers: raise UsageError("the model has no quantized layer; quantize it first")
     for name, module in layers:
         lacks = [a for a in REQUIRED if not hasattr(module, a)]
-        if lacks: raise UsageError(f"layer {name} lacks {', '.join(lacks)}; a quantized layer has {', '.join(REQUIRED)}")
+        if lacks:
+            raise UsageError(f"layer {name} lacks {', '.join(lacks)}; a quantized layer has {', '.join(REQUIRED)}")
         loose = [a for a in REQUIRED[:3] if a not in dict(module.named_buffers(recurse=False))]
-        if loose: raise UsageError(f"layer {name}: {', '.join(loose)} would not be saved; register them as buffers (see QuantLinear)")
+        if loose:
+            raise UsageError(f"layer {name}: {', '.join(loose)} would not be saved; "
+                             "register them as buffers (see QuantLinear)")
 
 # %% ../../nbs/core/quantizer_registry.ipynb #5d4e9a6a
 @patch
@@ -147,8 +151,9 @@ def _check_quantizer(name:str, cls:type):
     if cls.quantize_weight is BaseQuantizer.quantize_weight and cls.quantize is BaseQuantizer.quantize:
         raise UsageError(f"method {name!r}: {cls.__name__} defines neither quantize_weight nor quantize")
 
-# %% ../../nbs/core/quantizer_registry.ipynb #73e4835c
+# %% ../../nbs/core/quantizer_registry.ipynb #0330aea4
 class QuantizerRegistry:
     "Quantizers by the name that `--method` takes."
-    _registry = Registry("method", _check_quantizer, "llmquant.registry_init:register_quantizers", "llmquant.quantizers")
+    _registry = Registry("method", _check_quantizer, "llmquant.registry_init:register_quantizers",
+                         "llmquant.quantizers")
     register, get, list_quantizers = _registry.register, _registry.get, _registry.names

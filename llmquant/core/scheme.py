@@ -21,7 +21,7 @@ def dtype_name(
     "The name of `dtype` as config files write it."
     return str(dtype).removeprefix("torch.")
 
-# %% ../../nbs/core/scheme.ipynb #a0f8177c
+# %% ../../nbs/core/scheme.ipynb #c6a7c23a
 GRANULARITIES, RANGE_RULES, WIDTHS = ("tensor", "channel", "group"), ("minmax", "percentile", "mse"), tuple(range(2, 9))
 
 @dataclass(frozen=True)
@@ -40,11 +40,13 @@ class QuantScheme:
                                      ("range rule", self.range_rule, RANGE_RULES),
                                      ("scale dtype", self.scale_dtype, tuple(DTYPES.values()))):
             if value not in allowed or isinstance(value, bool):
-                raise UsageError(f"{what} {value!r} is not one of {', '.join(map(str, allowed))}{closest(value, allowed)}")
+                raise UsageError(f"{what} {value!r} is not one of {', '.join(map(str, allowed))}"
+                                 f"{closest(value, allowed)}")
         if self.granularity == "group" and not self.group_size > 0:
             raise UsageError(f"group_size {self.group_size} must be positive for groups; -1 and 0 mean no groups")
         if self.granularity != "group" and self.group_size:
-            raise UsageError(f"group_size {self.group_size} given with granularity {self.granularity!r}; it must be 0 there")
+            raise UsageError(f"group_size {self.group_size} given with granularity {self.granularity!r}; "
+                             "it must be 0 there")
         if not 50 < self.percentile <= 100:
             raise UsageError(f"percentile {self.percentile} must be above 50 and at most 100")
 
@@ -102,7 +104,7 @@ def check(self:QuantScheme,
     raise UsageError(f"layer {layer}: group_size {self.group_size} does not divide in_features {in_features}; use "
                      f"{fits + ' or ' if fits else ''}-1 (per channel)")
 
-# %% ../../nbs/core/scheme.ipynb #ebbd8699
+# %% ../../nbs/core/scheme.ipynb #26248a38
 def scheme_for(
     bits:int,                  # Width of the codes
     group_size:int,            # >0 groups, -1 channel, 0 channel or tensor
@@ -110,7 +112,8 @@ def scheme_for(
     **kwargs,                  # The other fields of `QuantScheme`
 ) -> QuantScheme:
     "The scheme that the guide's `bits`, `group_size` and `per_channel` describe."
-    if group_size < -1: raise UsageError(f"group_size {group_size} means nothing; use a positive number, -1 (channel) or 0")
+    if group_size < -1:
+        raise UsageError(f"group_size {group_size} means nothing; use a positive number, -1 (channel) or 0")
     if group_size > 0: return QuantScheme(bits=bits, granularity="group", group_size=group_size, **kwargs)
     granularity = "channel" if group_size == -1 or per_channel else "tensor"
     return QuantScheme(bits=bits, granularity=granularity, group_size=0, **kwargs)

@@ -39,7 +39,7 @@ class Sink(Protocol):
         tensor:Tensor, # Already in the export's dtype
     ): "Take a tensor that is not quantized."
 
-# %% ../../nbs/core/walk.ipynb #f937dc8b
+# %% ../../nbs/core/walk.ipynb #152096ed
 def check_finite(
     name:str,      # The tensor's name, for the message
     tensor:Tensor, # Any float dtype
@@ -47,7 +47,8 @@ def check_finite(
     "`UsageError` when the tensor holds NaN or infinity."
     if torch.isfinite(tensor.sum(dtype=torch.float32)): return
     bad = int((~torch.isfinite(tensor)).sum())
-    if bad: raise UsageError(f"tensor {name}: {bad} of {tensor.numel()} values are NaN or infinite; repair the checkpoint")
+    if bad:
+        raise UsageError(f"tensor {name}: {bad} of {tensor.numel()} values are NaN or infinite; repair the checkpoint")
 
 # %% ../../nbs/core/walk.ipynb #b6750e5e
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def relative_error(
     norm = float(weight.norm())
     return float(quantized.dequantize().sub_(weight).norm()) / norm if norm else 0.0
 
-# %% ../../nbs/core/walk.ipynb #8b64b64c
+# %% ../../nbs/core/walk.ipynb #93d2c7c3
 def quantize_layer(
     quantizer,      # A configured quantizer
     layer:LayerPlan,# Which Linear, and its scheme
@@ -83,10 +84,11 @@ def quantize_layer(
     try: quantized = quantizer.quantize_weight(weight, None, layer.scheme)
     except UsageError as e: raise UsageError(f"tensor {name}: {e}") from None
     error = relative_error(weight, quantized)
-    quantized = QuantizedWeight(*(t.to(home) for t in (quantized.codes, quantized.scales, quantized.zeros)), quantized.scheme)
+    parts = (t.to(home) for t in (quantized.codes, quantized.scales, quantized.zeros))
+    quantized = QuantizedWeight(*parts, quantized.scheme)
     return quantized, LayerResult(layer, error, quantized.digest(), time.perf_counter() - start)
 
-# %% ../../nbs/core/walk.ipynb #6461ee18
+# %% ../../nbs/core/walk.ipynb #aa242593
 def cast(
     name:str,          # The tensor's name, for the message
     tensor:Tensor,     # Any dtype
@@ -96,7 +98,8 @@ def cast(
     if tensor.dtype == dtype: return tensor
     result = tensor.to(dtype)
     if dtype.is_floating_point and torch.isinf(result).any() and not torch.isinf(tensor).any():
-        raise UsageError(f"tensor {name}: its largest value {float(tensor.abs().max()):.3g} overflows {dtype_name(dtype)}; set model.torch_dtype to bfloat16")
+        raise UsageError(f"tensor {name}: its largest value {float(tensor.abs().max()):.3g} overflows "
+                         f"{dtype_name(dtype)}; set model.torch_dtype to bfloat16")
     return result
 
 # %% ../../nbs/core/walk.ipynb #be650174
