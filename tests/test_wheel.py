@@ -11,12 +11,14 @@ import tiny
 ROOT = Path(__file__).parents[1]
 TRY = '''
 import importlib, pkgutil, sys
-for name in ("nbdev", "IPython", "jupyter_core", "jupyterlab", "execnb", "pytest", "hypothesis"): sys.modules[name] = None
+for name in ("nbdev", "IPython", "jupyter_core", "jupyterlab", "execnb", "pytest", "hypothesis"):
+    sys.modules[name] = None
 from importlib.metadata import distribution
 import llmquant
 home = sys.argv[1]
 assert llmquant.__file__.startswith(home), llmquant.__file__
-modules = [m.name for m in pkgutil.walk_packages(llmquant.__path__, "llmquant.") if not m.name.endswith(("_render", "_modidx"))]
+walked = pkgutil.walk_packages(llmquant.__path__, "llmquant.")
+modules = [m.name for m in walked if not m.name.endswith(("_render", "_modidx"))]
 for name in modules: importlib.import_module(name)
 points = {(p.group, p.name): p.value for p in distribution("llmquant").entry_points}
 assert points["vllm.general_plugins", "llmquant"] == "llmquant.vllm_plugin:register", points
@@ -43,7 +45,8 @@ def site(tmp_path_factory):
 def test_the_wheel_imports_quantizes_and_registers_the_plugin(site, tmp_path):
     base = tiny.make("llama", tmp_path / "base")
     env = {**os.environ, "PYTHONPATH": str(site)}
-    done = subprocess.run([sys.executable, "-c", TRY, site, base, tmp_path / "out"], env=env, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", TRY, site, base, tmp_path / "out"], env=env, cwd=tmp_path,
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     modules, layers = map(int, done.stdout.split())
     assert modules > 30 and layers == 14 and (tmp_path / "out" / "config.json").exists()
@@ -52,5 +55,6 @@ def test_the_wheel_imports_quantizes_and_registers_the_plugin(site, tmp_path):
 def test_importing_the_package_is_light(site, tmp_path):
     "vLLM imports it in each of its processes."
     code = "import sys, llmquant; print(sorted({'torch', 'transformers', 'vllm', 'numpy', 'yaml'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(site)}, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(site)}, cwd=tmp_path,
+                          capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr

@@ -14,7 +14,7 @@ from ..core.scheme import RANGE_RULES, QuantScheme
 from torch import Tensor
 from typing import Any
 
-# %% ../../nbs/quantizers/minmax_quantizer.ipynb #cd379268
+# %% ../../nbs/quantizers/minmax_quantizer.ipynb #dde4adec
 class MinMaxQuantizer(BaseQuantizer):
     "Round to nearest; needs no calibration data."
     name = "minmax"
@@ -32,8 +32,9 @@ class MinMaxQuantizer(BaseQuantizer):
     ) -> "MinMaxQuantizer":
         "Validate the options; a `percentile` that no rule reads is refused."
         super().configure(values, where)
-        if self.settings["dynamic_range"] != "percentile" and self.settings["percentile"] != 99.9:
-            raise UsageError(f"{where or 'quantization.minmax'}.percentile is given but dynamic_range is {self.settings['dynamic_range']!r}; "
+        rule = self.settings["dynamic_range"]
+        if rule != "percentile" and self.settings["percentile"] != 99.9:
+            raise UsageError(f"{where or 'quantization.minmax'}.percentile is given but dynamic_range is {rule!r}; "
                              "set dynamic_range: percentile or remove it")
         return self
 
