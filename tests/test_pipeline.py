@@ -311,3 +311,41 @@ def test_a_full_disk_leaves_nothing(base, tmp_path, monkeypatch):
     for call in ("pwrite", "pwritev"): monkeypatch.setattr(os, call, full)
     with pytest.raises(UsageError, match="space"): llmquant.quantize(base, tmp_path / "out", bits=4, group_size=32)
     assert not list(tmp_path.iterdir())
+
+
+class Returns(GuideStyle):
+    "Edits a copy and returns it, as the guide's `return quantized_model` suggests."
+    def __init__(self): self.name = "another_name"
+
+    def quantize(self, model, **arguments):
+        from copy import deepcopy
+        copy = deepcopy(model)
+        for name, module in copy.named_modules():
+            if name.endswith("up_proj"): module.weight.data *= 0.5
+        return super().quantize(copy, **{k: v for k, v in arguments.items() if k in ("bits", "group_size")})
+
+
+def test_a_returned_model_is_the_one_that_is_exported(base, tmp_path):
+    QuantizerRegistry.register("returns", Returns)
+    try: llmquant.quantize(base, tmp_path / "out", method="returns", bits=8, group_size=32)
+    finally: QuantizerRegistry._registry.classes.pop("returns")
+    name = "model.layers.0.mlp.up_proj.weight"
+    weight = {n: t for f in base.glob("*.safetensors") for n, t in _read(f).items()}[name].float()
+    served = llmquant.load(tmp_path / "out", dtype=torch.float32).get_parameter(name)
+    assert (served - 0.5 * weight).norm() < 0.02 * weight.norm()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["llmquant_method"] == "returns"  # the registered name, which vLLM is asked for
+
+
+def test_a_proof_without_vllm_is_refused_before_the_work(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("llmquant.evaluation.vllm_check.vllm_installed", lambda: False)
+    with pytest.raises(UsageError, match="not installed"):
+        llmquant.quantize(base, tmp_path / "out", bits=4, group_size=32, verify=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_broken_package_is_named(third_party, base, tmp_path):
+    (tmp_path / "elsewhere" / "thirdparty_quant" / "__init__.py").write_text("import no_such_module")
+    done = run(third_party, "--model-path", base, "--output-path", tmp_path / "out", "--group-size", 32)
+    assert done.returncode == 2 and "package thirdparty-quant cannot be loaded" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()

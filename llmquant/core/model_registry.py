@@ -17,15 +17,16 @@ def _check_adapter(name:str, cls:type):
         raise UsageError(f"model adapter {name!r}: {cls.__name__} has no {', '.join(missing)}; "
                          "subclass BaseHuggingFaceAdapter")
 
-# %% ../../nbs/core/model_registry.ipynb #3000345a
+# %% ../../nbs/core/model_registry.ipynb #1325a715
 def adapter_for(
     registry:Registry, # The adapters
     config:dict,       # A parsed config.json
 ):                     # An adapter instance
     "The adapter whose `model_types` hold the config's, else the one whose pattern fits its name, else the default."
     model_type = config.get("model_type")
-    if not model_type: raise UsageError("config.json has no model_type; it names the architecture, such as 'llama'")
-    for name in registry.names():
+    if not model_type or not isinstance(model_type, str):
+        raise UsageError(f"config.json has model_type {model_type!r}; it must name the architecture, such as 'llama'")
+    for name in sorted(registry.names(), key=lambda n: registry.get(n).__module__.startswith("llmquant.models.")):
         if model_type in getattr(registry.get(name), "model_types", ()): return registry.get(name)()
     names = [model_type, *(config.get("architectures") or []), str(config.get("_name_or_path") or "")]
     hits = [hit for hit in map(registry.match, names) if hit]

@@ -32,7 +32,7 @@ def raw_bytes(
     "The tensor's bytes in C order."
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
 
-# %% ../../nbs/core/qtensor.ipynb #31de9bc9
+# %% ../../nbs/core/qtensor.ipynb #a1384313
 @dataclass(frozen=True)
 class QuantizedWeight:
     "A weight as integer codes on a grid."
@@ -50,6 +50,17 @@ class QuantizedWeight:
             if tuple(t.shape) != shape or t.dtype != dtype:
                 raise UsageError(f"{what} are {dtype_name(t.dtype)} {list(t.shape)}; "
                                  f"must be {dtype_name(dtype)} {list(shape)}")
+
+    def check_values(self):
+        "`UsageError` when codes or zeros leave the grid or a scale is no positive number; shapes are checked when made."
+        qmax, middle = self.scheme.qmax, self.scheme.middle
+        for what, t in ("codes", self.codes), ("zeros", self.zeros):
+            if t.numel() and int(t.max()) > qmax:
+                raise UsageError(f"{what} go up to {int(t.max())}; {self.scheme.bits} bits hold 0 to {qmax}")
+        if self.scheme.symmetric and not (self.zeros == middle).all():
+            raise UsageError(f"zeros of a symmetric grid must all be {middle}")
+        if not (torch.isfinite(self.scales) & (self.scales > 0)).all():
+            raise UsageError("scales must be finite and positive")
 
     def digest(self) -> str:
         "SHA-256 of codes, scales and zeros, as hexadecimal digits."

@@ -72,13 +72,13 @@ def configure(self:BaseQuantizer,
     self.settings = MappingProxyType(parse_options(self.all_options(), values, where or f"quantization.{self.name}"))
     return self
 
-# %% ../../nbs/core/quantizer_registry.ipynb #1927a75d
+# %% ../../nbs/core/quantizer_registry.ipynb #8dc19e0f
 @patch
 def check_bits(self:BaseQuantizer,
     bits:int, # What was asked for
 ):
     "`UsageError` (a `ValueError`) when the method does not do `bits`."
-    if bits not in self.get_supported_bits() or isinstance(bits, bool):
+    if type(bits) is not int or bits not in self.get_supported_bits():
         raise UsageError(f"bits {bits!r} is not supported by {self.name}; "
                          f"use one of {', '.join(map(str, self.get_supported_bits()))}")
 

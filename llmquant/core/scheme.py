@@ -104,7 +104,7 @@ def check(self:QuantScheme,
     raise UsageError(f"layer {layer}: group_size {self.group_size} does not divide in_features {in_features}; use "
                      f"{fits + ' or ' if fits else ''}-1 (per channel)")
 
-# %% ../../nbs/core/scheme.ipynb #26248a38
+# %% ../../nbs/core/scheme.ipynb #b1ab92c7
 def scheme_for(
     bits:int,                  # Width of the codes
     group_size:int,            # >0 groups, -1 channel, 0 channel or tensor
@@ -112,6 +112,8 @@ def scheme_for(
     **kwargs,                  # The other fields of `QuantScheme`
 ) -> QuantScheme:
     "The scheme that the guide's `bits`, `group_size` and `per_channel` describe."
+    if type(group_size) is not int:
+        raise UsageError(f"group_size {group_size!r} is {type(group_size).__name__}; it must be a whole number")
     if group_size < -1:
         raise UsageError(f"group_size {group_size} means nothing; use a positive number, -1 (channel) or 0")
     if group_size > 0: return QuantScheme(bits=bits, granularity="group", group_size=group_size, **kwargs)
