@@ -39,7 +39,7 @@ class Sink(Protocol):
         tensor:Tensor, # Already in the export's dtype
     ): "Take a tensor that is not quantized."
 
-# %% ../../nbs/core/walk.ipynb #e755906b
+# %% ../../nbs/core/walk.ipynb #ed81b115
 def check_finite(
     name:str,      # The tensor's name, for the message
     tensor:Tensor, # Any dtype; only float16, bfloat16 and float32 are looked at
@@ -47,7 +47,7 @@ def check_finite(
 ):
     "`UsageError` when the tensor holds NaN or infinity."
     if tensor.dtype not in DTYPES.values(): return
-    if torch.isfinite(tensor.sum(dtype=torch.float32)) or infinite and not torch.isnan(tensor).any(): return
+    if torch.isfinite(tensor.sum()) or infinite and not torch.isnan(tensor).any(): return
     bad = int((~torch.isfinite(tensor)).sum())
     if bad:
         raise UsageError(f"tensor {name}: {bad} of {tensor.numel()} values are NaN or infinite; repair the checkpoint")

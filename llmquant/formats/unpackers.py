@@ -38,7 +38,7 @@ def interleaved_codes(
     slots = stream_codes(words, 4, words.shape[1] * 8).reshape(len(words), -1, 8)
     return slots[:, :, _SLOT_OF_OUTPUT].reshape(len(words), -1)
 
-# %% ../../nbs/formats/unpackers.ipynb #57c505bc
+# %% ../../nbs/formats/unpackers.ipynb #4cb855d1
 _ITEM = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1,
          "F8_E4M3": 1, "F8_E5M2": 1}
 
@@ -48,22 +48,36 @@ class StoredTensor(NamedTuple):
     shape: tuple     # Row-major
     data: np.ndarray # uint8, flat, mapped from the file
 
+def _header(text:bytes, path:Path) -> dict:
+    "The JSON of a file's header."
+    try: header = json.loads(text)
+    except (ValueError, RecursionError): header = None
+    if not isinstance(header, dict): raise UsageError(f"{path}: its header is no JSON; not a safetensors file, or damaged")
+    return header
+
+def _is_entry(entry) -> bool:
+    "Whether a header says of a tensor what it must."
+    if not isinstance(entry, dict) or entry.get("dtype") not in _ITEM: return False
+    shape, place = entry.get("shape"), entry.get("data_offsets")
+    lists = isinstance(shape, list) and isinstance(place, list) and len(place) == 2
+    return lists and all(type(n) is int and n >= 0 for n in shape + place)
+
 def _read_file(path:Path) -> dict[str, StoredTensor]:
     "The tensors of one file."
     raw = np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
     length = int.from_bytes(raw[:8].tobytes(), "little")
     if len(raw) < 8 or 8 + length > len(raw): raise UsageError(f"{path}: not a whole safetensors file")
-    header = json.loads(raw[8:8 + length].tobytes())
     tensors = {}
-    for name, entry in header.items():
+    for name, entry in _header(raw[8:8 + length].tobytes(), path).items():
         if name == "__metadata__": continue
+        if not _is_entry(entry): raise UsageError(f"{path}: the header's entry for {name} is damaged")
         begin, end = (8 + length + offset for offset in entry["data_offsets"])
         size = int(np.prod(entry["shape"], dtype=np.int64)) * _ITEM[entry["dtype"]]
         if end - begin != size or end > len(raw): raise UsageError(f"{path}: tensor {name} is cut short")
         tensors[name] = StoredTensor(entry["dtype"], tuple(entry["shape"]), raw[begin:end])
     return tensors
 
-# %% ../../nbs/formats/unpackers.ipynb #0de5d754
+# %% ../../nbs/formats/unpackers.ipynb #5560bb2c
 def read_safetensors(
     path, # A .safetensors file, or a folder that holds one or an index of several
 ) -> dict[str, StoredTensor]: # Name to dtype, shape and mapped bytes
@@ -74,7 +88,11 @@ def read_safetensors(
     if not index.is_file():
         if single.is_file(): return _read_file(single)
         raise UsageError(f"{path}: neither model.safetensors nor model.safetensors.index.json is there")
-    where = json.loads(index.read_text())["weight_map"]
+    where = _header(index.read_bytes(), index).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(shard, str) for shard in where.values()):
+        raise UsageError(f"{index}: has no weight_map; it is damaged")
+    if missing := sorted(shard for shard in set(where.values()) if not (path/shard).is_file()):
+        raise UsageError(f"{path}: {missing[0]} is missing; its index names it")
     shards = {shard: _read_file(path/shard) for shard in sorted(set(where.values()))}
     tensors = {name: shards[shard][name] for name, shard in where.items() if name in shards[shard]}
     stored = {name for shard in shards.values() for name in shard}
