@@ -2,7 +2,9 @@
 
 import sys
 
-from llmquant.cli import main
-
 if __name__ == "__main__":
+    try:
+        from llmquant.cli import main
+    except KeyboardInterrupt:  # while the modules are being read
+        sys.exit(sys.stderr.write("llmquant: stopped\n") and 130)
     sys.exit(main())

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['run_command', 'main']
 
-# %% ../nbs/cli.ipynb #e9cff717
-import argparse, os, re, sys
+# %% ../nbs/cli.ipynb #d78d200b
+import argparse, os, re, signal, sys, threading
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def _typed(
     value = parse_yaml(text, key.flag)[0]
     return text if value is None else value
 
-# %% ../nbs/cli.ipynb #2cfdb8db
+# %% ../nbs/cli.ipynb #81cb6490
 def _overrides(
     given:Sequence[str], # KEY=VALUE each
 ) -> dict[str, Any]:     # Dotted path to value
@@ -67,7 +68,7 @@ def _overrides(
     for text in given:
         path, equals, value = text.partition("=")
         path = path.strip()
-        if not equals or not path:
+        if not equals or not all(path.split(".")):
             raise UsageError(f"--set {text}: is not KEY=VALUE; write it like quantization.minmax.symmetric=true")
         value = parse_yaml(value, f"--set {path}")[0]
         if values.get(path, value) != value:
@@ -75,7 +76,7 @@ def _overrides(
         values[path] = value
     return values
 
-# %% ../nbs/cli.ipynb #c04d6138
+# %% ../nbs/cli.ipynb #7ef02773
 def _recipe(
     arguments:argparse.Namespace, # With the recipe's flags
     needed:Sequence[str],         # Flags that must be there
@@ -87,7 +88,12 @@ def _recipe(
     from llmquant.utils.config import resolve
     values = {name: _typed(by_name[name], value) if isinstance(value, str) else value
               for name, value in given.items() if name in by_name}
-    return resolve(values | _overrides(arguments.overrides), config_path=arguments.config)
+    overrides = _overrides(arguments.overrides)
+    for path in overrides.keys() & values.keys():
+        if overrides[path] != values[path]:
+            raise UsageError(f"{by_name[path].flag} and --set {path} contradict each other; keep one of them")
+    if arguments.config == "": raise UsageError("--config is empty; give a YAML file")
+    return resolve(values | overrides, config_path=arguments.config)
 
 # %% ../nbs/cli.ipynb #cf7d684c
 def _quantize(arguments) -> str:
@@ -170,17 +176,45 @@ def run_command(
     setup_logging(getattr(parsed, "verbose", False))
     return parsed.function(parsed)
 
-# %% ../nbs/cli.ipynb #632c30b2
+# %% ../nbs/cli.ipynb #ef7cc95f
+@contextmanager
+def _clean_stop():
+    "SIGINT and SIGTERM raise KeyboardInterrupt with their number, once."
+    def stop(number, frame):
+        for each in old: signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt(number)
+    ours = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    old = {each: signal.signal(each, stop) for each in ours}
+    try: yield
+    finally:
+        for each, handler in old.items(): signal.signal(each, handler)
+
+# %% ../nbs/cli.ipynb #78f10712
+def _print(
+    text:str, # For stdout
+) -> int:     # The exit status
+    "Print, and say so in one line where that is not possible."
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.stderr.write(f"llmquant: error: the output cannot be printed ({error.strerror})\n")
+        return 1
+    return 0
+
+# %% ../nbs/cli.ipynb #8ecdc66c
 def main(
     arguments:Sequence[str]|None=None, # As a shell gives them; the process's own when None
 ) -> int:                              # The exit status
     "The console command `llmquant`."
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    try: sys.stdout.write(run_command(sys.argv[1:] if arguments is None else list(arguments)))
-    except LLMQuantError as error:
-        sys.stderr.write(f"llmquant: error: {error}\n".replace("\n", " ").rstrip() + "\n")
-        return error.exit_status
-    except KeyboardInterrupt:
-        sys.stderr.write("llmquant: stopped\n")
-        return 130
-    return 0
+    with _clean_stop():
+        try: return _print(run_command(sys.argv[1:] if arguments is None else list(arguments)))
+        except SystemExit as stop: return _print("") or stop.code # argparse has shown --help or --version
+        except LLMQuantError as error:
+            sys.stderr.write(f"llmquant: error: {error}\n".replace("\n", " ").rstrip() + "\n")
+            return error.exit_status
+        except KeyboardInterrupt as stop:
+            sys.stderr.write("llmquant: stopped\n")
+            return 128 + (stop.args[0] if stop.args else signal.SIGINT)

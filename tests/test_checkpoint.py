@@ -351,10 +351,47 @@ def test_old_export_comes_back_when_publishing_fails(tmp_path, monkeypatch, fail
         if Path(source) == writer.folder: raise OSError(errno.EBUSY, "busy")
         rename(source, target)
     monkeypatch.setattr(os, "rename", refuse)
-    with pytest.raises(OSError, match="busy"): writer.publish()
+    with pytest.raises(UsageError, match="cannot be written .*busy"): writer.publish()
     assert left(out) == ["old"]
-    writer.discard()
     assert left(tmp_path) == ["out"]
+
+
+def test_a_folder_that_appeared_late_is_never_deleted(tmp_path):
+    "Without overwrite, publishing takes a missing or empty folder only; the export is given up."
+    writer = ExportWriter(tmp_path / "out", {})
+    writer.finish()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine").touch()
+    with pytest.raises(UsageError, match="not empty"): writer.publish()
+    assert left(tmp_path) == ["out"] and left(tmp_path / "out") == ["mine"]
+
+
+def test_a_users_own_failed_folder_stays(tmp_path):
+    "A failed export replaces another failed export and nothing else."
+    (tmp_path / "out.failed").mkdir()
+    (tmp_path / "out.failed/mine").touch()
+    for _ in range(2):
+        writer = ExportWriter(tmp_path / "out", {})
+        writer.write_text("quantization_report.yaml", "")
+        writer.reject()
+        assert writer.folder.name == "out.failed-2"
+    assert left(tmp_path) == ["out.failed", "out.failed-2"] and left(tmp_path / "out.failed") == ["mine"]
+
+
+@pytest.mark.parametrize("output", ["model", "model/out", "store", ""])
+def test_the_model_is_protected(sharded, tmp_path, output):
+    "Overwriting the model, what holds it, what it links to, or a folder in it is refused."
+    (tmp_path / "store").mkdir()
+    (sharded / "1.safetensors").rename(tmp_path / "store/blob")
+    (sharded / "1.safetensors").symlink_to("../store/blob")
+    with open_checkpoint(sharded) as source, pytest.raises(UsageError, match="which the export is made from"):
+        ExportWriter(tmp_path / output, {}, overwrite=True, protect=source.files())
+    assert (tmp_path / "store/blob").exists() and left(tmp_path) == ["model", "store"]
+
+
+@pytest.mark.parametrize("path", ["n" * 300, None, 3, b"bytes"])
+def test_absurd_paths(path):
+    with pytest.raises(UsageError, match="is no path"): open_checkpoint(path)
 
 
 def test_hub_name_offline(tmp_path):

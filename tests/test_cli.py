@@ -199,6 +199,14 @@ BAD = {
     "MODEL --device gpu": "'gpu' is no device",
     "MODEL --container zip": "'zip' is not one of",
     "MODEL --max-shard-size big": "'big' is no size",
+    "MODEL --max-shard-size 1KB": "below 1MB",
+    "MODEL --bits 4 --set bits=8": "--bits and --set bits contradict",
+    "MODEL --bits 4 --set quantization.bits=8": "contradict",
+    "MODEL --set model_path=x": "--model-path and --set model_path contradict",
+    "MODEL --set .=1": "--set .=1",
+    "MODEL --set a.b=1": "--set a",
+    "MODEL --config=": "--config is empty",
+    "info nope": "nope: does not exist",
     "MODEL --seed -1": "--seed: -1",
     "MODEL --set quantization.minmax.symetric=true": "did you mean 'quantization.minmax.symmetric'?",
     "MODEL --set model.torch_dtype=float61": "float61",
@@ -263,6 +271,35 @@ def test_exit_status(error, status, monkeypatch, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+STOPPED = """
+import os, signal, sys, types
+from pathlib import Path
+from llmquant import cli
+from llmquant.checkpoint.writer import ExportWriter
+def run(recipe):
+    with ExportWriter(recipe.output_path, {}): os.kill(os.getpid(), int(sys.argv[1]))
+sys.modules["llmquant.pipeline"] = types.SimpleNamespace(run=run)
+sys.exit(cli.main(["--model-path", "m", "--output-path", "new/o"]))
+"""
+
+
+@pytest.mark.parametrize("number", [2, 15])
+def test_signals_stop_cleanly(number, tmp_path):
+    "Ctrl-C and SIGTERM: one line, 128 + the signal, nothing partial."
+    done = shell("-c", STOPPED, str(number), cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (128 + number, "llmquant: stopped\n")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments", ["--version", "list"])
+def test_full_stdout(arguments):
+    "What cannot be printed is one line and status 1."
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, str(ROOT / "quantize.py"), arguments], stdout=full,
+                              stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "cannot be printed" in done.stderr, done.stderr
+
+
 def test_bugs_keep_their_traceback(monkeypatch):
     "An error that is nobody's input is not swallowed."
     def run(recipe): raise ZeroDivisionError
@@ -279,12 +316,13 @@ def test_flags_reach_the_recipe(monkeypatch, capsys):
     monkeypatch.setattr("llmquant.pipeline.run", lambda recipe: seen.append(recipe) or report)
     text = ("--verbose --model-path a --output-path b --method minmax --bits 8 --group-size -1 --layer-wise "
             "--layers 0,2-3 --outlier-suppression none --calibration-dataset none --format compressed-tensors "
-            "--container dense --verify --overwrite --seed 7 --device cpu --max-shard-size 1GB "
+            "--container dense --verify --overwrite --seed 7 --device cpu --max-shard-size 1GB --torch-dtype float16 "
             "--set quantization.zero_point=false")
     assert cli.main(text.split()) == 0
     expected = dict(verbose=True, model_path="a", output_path="b", method="minmax", bits=8, group_size=-1,
                     layer_wise=True, layers=(0, 2, 3), outlier_suppression=(), format="compressed_tensors",
-                    container="dense", verify=True, overwrite=True, seed=7, device_map="cpu", max_shard_size=10**9)
+                    container="dense", verify=True, overwrite=True, seed=7, device_map="cpu",
+                    max_shard_size=10**9, torch_dtype="float16")
     assert {key: getattr(seen[0], key) for key in expected} == expected
     assert seen[0].options["symmetric"] is True and seen[0].calibration["dataset"] is None
     flags = {key.flag for key in KEYS if key.flag}

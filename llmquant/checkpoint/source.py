@@ -95,7 +95,7 @@ def main_dtype(
     if not sizes: raise UsageError(f"{where}: holds no floating-point tensors; give a checkpoint with weights")
     return max(sizes, key=sizes.get)
 
-# %% ../../nbs/checkpoint/source.ipynb #04cc05e5
+# %% ../../nbs/checkpoint/source.ipynb #eaba8973
 class CheckpointSource:
     "A safetensors checkpoint: everything about it at once, its tensors one at a time."
     def __init__(self,
@@ -103,6 +103,9 @@ class CheckpointSource:
         origin=None, # what the user gave, for messages, when that was something else
     ):
         self.path, self.origin = Path(path), origin or path
+        if not self.path.is_dir():
+            problem = "is no folder" if self.path.exists() else "does not exist"
+            raise UsageError(f"{self.origin}: {problem}; give the folder of a checkpoint or an export")
         self.config = read_json(self.path / "config.json")
         self.tensors = _read_headers(self.path)
         self.dtype = main_dtype(self.tensors, self.origin)
@@ -116,6 +119,11 @@ class CheckpointSource:
         file = self.tensors[name].file
         if file not in self._files: self._files[file] = open_shard(self.path / file)
         return read_tensor(self._files[file], self.tensors[name])
+
+    def files(self)->list: # of Path
+        "What must stay while this is read: the folder, what was given, each shard and each side file."
+        shards = {info.file for info in self.tensors.values()}
+        return [self.path, Path(self.origin), *(self.path / file for file in sorted(shards)), *self.side_files]
 
     def close(self):
         "Close the shards; a later read opens them again."
@@ -211,14 +219,19 @@ def _refuse_unusable(
         raise UsageError(f"{source.origin}: model type {source.config.get('model_type')!r} exists only as Python code "
                          "that comes with it; read that code and set trust_remote_code: true, or choose another model")
 
-# %% ../../nbs/checkpoint/source.ipynb #d0ba8139
+# %% ../../nbs/checkpoint/source.ipynb #9f19bef3
 def open_checkpoint(
     path, # folder of a safetensors checkpoint, .gguf file or its folder, or a hub name "org/name"
     trust_remote_code:bool=False, # allow a model whose architecture is code from the hub
 )->CheckpointSource: # ready to read; every header was checked
     "Open a model that is to be quantized."
-    place = Path(path).expanduser()
-    if not place.exists():
+    try:
+        place = Path(path).expanduser()
+        there = place.exists()
+    except (TypeError, OSError, RuntimeError) as error: # RuntimeError: a home folder of nobody
+        raise UsageError(f"{str(path)[:80]!r}: is no path ({getattr(error, 'strerror', None) or error}); give a "
+                         "checkpoint folder, a .gguf file or a hub name (org/name)") from None
+    if not there:
         if not _HUB_NAME.fullmatch(str(path)):
             raise UsageError(f"{path}: does not exist; give a checkpoint folder, a .gguf file or a hub name (org/name)")
         place = _download(str(path))

@@ -116,7 +116,7 @@ class Shards:
         names = sorted(self.places, key=natural_key)
         return {"metadata": {"total_size": self.total}, "weight_map": {name: self.places[name].file for name in names}}
 
-# %% ../../nbs/checkpoint/writer.ipynb #8b4cbb86
+# %% ../../nbs/checkpoint/writer.ipynb #f51e795f
 class ExportWriter(ExportFolder):
     "Writes an export tensor by tensor and puts it into place."
     def __init__(self,
@@ -124,9 +124,10 @@ class ExportWriter(ExportFolder):
         layout:dict, # tensor name -> (dtype, shape) of every tensor that will be written
         max_shard_bytes:int=5 * 2**30, # of tensors in a shard
         overwrite:bool=False, # replace a folder that is not empty
+        protect=(), # folders and files that must not be inside the output, nor the output in them
     ):
         self.shards = Shards(layout, max_shard_bytes)
-        super().__init__(output, overwrite)
+        super().__init__(output, overwrite, protect)
         self._finished = False
         with self.guarded():
             free = shutil.disk_usage(self.folder).free

@@ -135,16 +135,21 @@ def _check_names(
         _look_up(OutlierSuppressionRegistry.get, name, _where(won, "outlier_suppression"))
     if values["format"] != "auto": _look_up(FormatRegistry.get, values["format"], _where(won, "format"))
 
-# %% ../../nbs/utils/config.ipynb #0365181d
+# %% ../../nbs/utils/config.ipynb #59077398
 def _check_paths(
     values:Mapping[str, Any], # The recipe's values
 ):
-    "The output must not be the model or hold it."
+    "The output must not be the model, hold it or lie inside it."
     model, output = values["model_path"], values["output_path"]
     for name, path in ("model_path", model), ("output_path", output):
         if path is not None and not str(path).strip(): raise UsageError(f"{name} is empty; give a path")
-    if not model or not output or not Path(model).exists(): return
-    model, output = Path(model).resolve(), Path(output).resolve()
+    try:
+        if not model or not output or not Path(model).exists(): return
+        model, output = Path(model).resolve(), Path(output).resolve()
+    except (OSError, RuntimeError) as error: # RuntimeError: a loop of links
+        raise UsageError(f"model_path or output_path is no path ({error}); give the paths of folders") from None
+    if output != model and output.is_relative_to(model):
+        raise UsageError(f"output_path {output} lies inside the model's folder; choose a folder beside it")
     if model.is_relative_to(output):
         raise UsageError(f"output_path {output} holds the model itself; choose a folder beside it")
 

@@ -99,19 +99,20 @@ def read_device(
     if isinstance(value, str) and re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", value, re.ASCII): return value
     raise UsageError(f"{where}: {value!r} is no device; use auto (a GPU when there is one), cpu, cuda or cuda:N")
 
-# %% ../../nbs/utils/recipe_keys.ipynb #fa3b5504
+# %% ../../nbs/utils/recipe_keys.ipynb #0ca39ecc
 _UNITS = {"": 1, "b": 1} | {u + "b": 1000**n for n, u in enumerate("kmgt", 1)}
 _UNITS |= {u + "ib": 1024**n for n, u in enumerate("kmgt", 1)}
 
 def read_size(
     value:Any,  # 5000000000, "5GB", "500 MB", "1.5GiB"
     where:str,  # The key, for the message
-) -> int:       # Bytes, at least 1
+) -> int:       # Bytes, at least a million
     "Read a number of bytes."
     parts = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([a-z]*)", str(value).strip().lower(), re.ASCII)
     known = parts and type(value) in (int, str) and parts[2] in _UNITS
     size = int(float(parts[1]) * _UNITS[parts[2]]) if known else 0
     if size < 1: raise UsageError(f"{where}: {value!r} is no size; write bytes such as 5GB, 500MB or 2GiB")
+    if size < 10**6: raise UsageError(f"{where}: {value!r} is below 1MB, a file for every tensor; write 1MB or more")
     return size
 
 # %% ../../nbs/utils/recipe_keys.ipynb #49b729b7
@@ -146,12 +147,12 @@ _QUANTIZATION = (
         flag="--outlier-suppression", read=read_names),
     Key("seed", int, 0, "seed of everything random", minimum=0, maximum=2**32 - 1, flag="--seed"))
 
-# %% ../../nbs/utils/recipe_keys.ipynb #b9014888
+# %% ../../nbs/utils/recipe_keys.ipynb #351764b4
 _MODEL = (
     Key("trust_remote_code", bool, False, "run Python code that comes with the checkpoint"),
     Key("device_map", str, "auto", "where to compute: auto, cpu, cuda or cuda:N", flag="--device", read=read_device),
     Key("torch_dtype", str, "auto", "type of the tensors that stay in float; auto keeps the checkpoint's",
-        choices=("auto", "float16", "bfloat16", "float32")))
+        choices=("auto", "float16", "bfloat16", "float32"), flag="--torch-dtype"))
 _CALIBRATION = (
     Key("dataset", str, None, "calibration text; null for methods that need none",
         flag="--calibration-dataset", read=read_dataset),

@@ -47,15 +47,17 @@ def unknown_key(
     hint = f"; did you mean '{places[near[0]]}'?" if near else ""
     return UsageError(f"{setting.where}: unknown key, not {what}{hint}")
 
-# %% ../../nbs/utils/settings.ipynb #2d18cb53
+# %% ../../nbs/utils/settings.ipynb #d107580c
 def document_settings(
     document:Mapping,         # Nested, as YAML gives it
     origin:str,               # Who says so
     lines:Mapping[str, int],  # Line of each dotted path, where there are lines
     source:str="",            # The file's name, where there is a file
+    prefix:str="",            # What stands before a path on a command line
 ) -> list[Setting]:           # In the order given
     "Flatten a document to its settings; an unknown section is an error."
-    def where(path): return (f"{source}:{lines[path]}: " if path in lines else f"{source}: " if source else "") + path
+    def where(path):
+        return prefix + (f"{source}:{lines[path]}: " if path in lines else f"{source}: " if source else "") + path
     methods, found = QuantizerRegistry.list_quantizers(), []
     for section, content in document.items():
         if section not in SECTIONS:
@@ -69,7 +71,7 @@ def document_settings(
             else: found.append(Setting(path, value, where(path), origin))
     return found
 
-# %% ../../nbs/utils/settings.ipynb #f463988e
+# %% ../../nbs/utils/settings.ipynb #78445a75
 def argument_settings(
     given:Mapping[str, Any],  # Names or dotted paths, to values
     origin:str,               # "command line", or what Python callers are called
@@ -80,9 +82,10 @@ def argument_settings(
         key = BY_NAME.get(name)
         if value is None and "." not in name: continue
         path = (key.path or name) if key else name if "." in name else f"quantization.{name}"
-        document = value
+        document, prefix = value, "--set " if flags and not key else ""
         for part in reversed(path.split(".")): document = {part: document}
-        for s in [Setting(path, value, "", origin)] if path in BY_NAME else document_settings(document, origin, {}):
+        alone = [Setting(path, value, "", origin)]
+        for s in alone if path in BY_NAME else document_settings(document, origin, {}, prefix=prefix):
             where = (key.flag or s.path if key else f"--set {s.path}") if flags else s.path
             if found.get(s.path, s).value != s.value:
                 raise UsageError(f"{found[s.path].where} and {where} contradict each other; keep one of them")

@@ -27,7 +27,7 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(_INT, _DIGITS, list("-+0123456789"))
 _Loader.add_implicit_resolver(_FLOAT, _POINT, list("-+.0123456789"))
 
-# %% ../../nbs/utils/yaml_file.ipynb #a14bb2f1
+# %% ../../nbs/utils/yaml_file.ipynb #db62eb9f
 def _lines(
     node:yaml.Node,   # A node of the parsed tree
     path:str="",      # The dotted path that leads to it
@@ -39,7 +39,8 @@ def _lines(
         if not isinstance(node, yaml.MappingNode) or node in above: continue
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode) or key.tag.rpartition(":")[2] not in ("str", "merge"):
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is not text", problem_mark=key.start_mark)
+                what = repr(key.value) if isinstance(key, yaml.ScalarNode) else f"(a {key.id})"
+                raise yaml.MarkedYAMLError(problem=f"the key {what} is not text", problem_mark=key.start_mark)
             name, line = f"{path}.{key.value}".lstrip("."), key.start_mark.line + 1
             if name in lines:
                 problem = f"{name} is given twice, first in line {lines[name]}; keep one of them"
