@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['run_command', 'main']
 
-# %% ../nbs/cli.ipynb #d78d200b
+# %% ../nbs/cli.ipynb #6a188a36
 import argparse, os, re, signal, sys, threading
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path
+from time import monotonic
 from typing import Any
 from . import __version__
 from .core.errors import LLMQuantError, UsageError, closest
@@ -176,16 +177,17 @@ def run_command(
     setup_logging(getattr(parsed, "verbose", False))
     return parsed.function(parsed)
 
-# %% ../nbs/cli.ipynb #ef7cc95f
+# %% ../nbs/cli.ipynb #a5a251b5
 @contextmanager
 def _clean_stop():
-    "SIGINT and SIGTERM raise KeyboardInterrupt with their number, once."
+    "SIGINT and SIGTERM raise KeyboardInterrupt with their number."
+    seen = []
     def stop(number, frame):
-        for each in old: signal.signal(each, signal.SIG_IGN)
-        raise KeyboardInterrupt(number)
+        seen.append((number, monotonic()))
+        if len(seen) == 1 or seen[-1][1] - seen[0][1] > 2: raise KeyboardInterrupt(number)
     ours = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
     old = {each: signal.signal(each, stop) for each in ours}
-    try: yield
+    try: yield lambda: seen[0][0] if seen else 0
     finally:
         for each, handler in old.items(): signal.signal(each, handler)
 
@@ -203,14 +205,17 @@ def _print(
         return 1
     return 0
 
-# %% ../nbs/cli.ipynb #8ecdc66c
+# %% ../nbs/cli.ipynb #111cddc1
 def main(
     arguments:Sequence[str]|None=None, # As a shell gives them; the process's own when None
 ) -> int:                              # The exit status
     "The console command `llmquant`."
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    with _clean_stop():
-        try: return _print(run_command(sys.argv[1:] if arguments is None else list(arguments)))
+    with _clean_stop() as stopped_by:
+        try:
+            text = run_command(sys.argv[1:] if arguments is None else list(arguments))
+            if stopped_by(): raise KeyboardInterrupt(stopped_by()) # an import had swallowed it
+            return _print(text)
         except SystemExit as stop: return _print("") or stop.code # argparse has shown --help or --version
         except LLMQuantError as error:
             sys.stderr.write(f"llmquant: error: {error}\n".replace("\n", " ").rstrip() + "\n")
