@@ -38,7 +38,7 @@ def interleaved_codes(
     slots = stream_codes(words, 4, words.shape[1] * 8).reshape(len(words), -1, 8)
     return slots[:, :, _SLOT_OF_OUTPUT].reshape(len(words), -1)
 
-# %% ../../nbs/formats/unpackers.ipynb #4cb855d1
+# %% ../../nbs/formats/unpackers.ipynb #68a8ad68
 _ITEM = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1,
          "F8_E4M3": 1, "F8_E5M2": 1}
 
@@ -52,7 +52,7 @@ def _header(text:bytes, path:Path) -> dict:
     "The JSON of a file's header."
     try: header = json.loads(text)
     except (ValueError, RecursionError): header = None
-    if not isinstance(header, dict): raise UsageError(f"{path}: its header is no JSON; not a safetensors file, or damaged")
+    if not isinstance(header, dict): raise UsageError(f"{path}: holds no JSON object where one must be; it is damaged")
     return header
 
 def _is_entry(entry) -> bool:

@@ -1,0 +1,188 @@
+"""The part of the proof that needs no vLLM: what stands beside the weights, wrong references, damaged files."""
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from llmquant.core.errors import ProofError, UsageError
+from llmquant.evaluation import proof
+from llmquant.pipeline import quantize
+
+SYMMETRIC = {"quantization": {"minmax": {"symmetric": True}}}
+EXPORTS = {"compressed_tensors": dict(bits=4, group_size=32), "awq": dict(bits=4, group_size=32, format="awq"),
+           "gptq": dict(bits=4, group_size=32, format="gptq", config=SYMMETRIC),
+           "channel": dict(bits=8, group_size=0), "plain": dict(bits=16)}
+REPORT = "quantization_report.yaml"
+LAYER = "model.layers.0.mlp.up_proj"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    "A base model and its exports."
+    folder = tmp_path_factory.mktemp("proof")
+    base = tiny.make("llama", folder/"base")
+    for name, options in EXPORTS.items(): quantize(base, folder/name, **options)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_vllm(monkeypatch):
+    monkeypatch.setattr(proof, "vllm_installed", lambda: False)
+
+
+def edited(export, target, name="config.json", edit=lambda values: None, text=None):
+    "A copy of an export with one of its JSON or YAML files edited."
+    shutil.copytree(export, target)
+    file = target/name
+    values = yaml.safe_load(file.read_text()) if name.endswith("yaml") else json.loads(file.read_text())
+    edit(values)
+    dump = yaml.safe_dump if name.endswith("yaml") else json.dumps
+    file.write_text(dump(values) if text is None else text)
+    return target
+
+
+def message(error, export, reference=None):
+    "The one sentence that `verify` raises."
+    with pytest.raises(error) as caught: proof.verify(export, reference)
+    text = str(caught.value)
+    assert type(caught.value) is error and "\n" not in text
+    return text
+
+
+def inner(config, key):
+    "A key of a quantization_config, wherever the method has it."
+    found = config["quantization_config"]
+    return found if key in found else found["config_groups"]["group_0"]["weights"]
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_good_exports_pass(name, folder):
+    found = proof.verify(folder/name, folder/"base")
+    assert found["files"]["layers"] == (0 if name == "plain" else 14)
+    assert found["files"]["float_tensors"] == (21 if name == "plain" else 7)
+
+
+@pytest.mark.parametrize("key,value", [("rms_norm_eps", 0.5), ("num_hidden_layers", 1), ("tie_word_embeddings", True),
+                                       ("vocab_size", 511), ("head_dim", None), ("eos_token_id", 7), ("extra", 1)])
+@pytest.mark.parametrize("name", ["compressed_tensors", "plain"])
+def test_config_of_another_model(name, key, value, folder, tmp_path):
+    theirs = json.loads((folder/"base"/"config.json").read_text())
+    export = edited(folder/name, tmp_path/"e", edit=lambda config: config.update({key: value}))
+    was = json.dumps(theirs[key]) if key in theirs else "absent"
+    expected = f"config.json: {key} is {json.dumps(value)} in the export and {was} in the reference"
+    assert message(ProofError, export, folder/"base") == expected
+
+
+def test_config_lacks_a_key_or_differs_below(folder, tmp_path):
+    export = edited(folder/"awq", tmp_path/"a", edit=lambda config: config.pop("rope_parameters"))
+    assert "rope_parameters is absent in the export" in message(ProofError, export, folder/"base")
+    export = edited(folder/"awq", tmp_path/"b", edit=lambda config: config["rope_parameters"].update(rope_theta=5.0))
+    assert "rope_parameters.rope_theta is 5.0 in" in message(ProofError, export, folder/"base")
+
+
+def test_config_keys_that_may_differ(folder, tmp_path):
+    values = dict(dtype="bfloat16", _name_or_path="x", transformers_version="1")
+    export = edited(folder/"awq", tmp_path/"a", edit=lambda config: config.update(values))
+    assert proof.verify(export, folder/"base")["files"]["layers"] == 14
+
+
+@pytest.mark.parametrize("name", ["compressed_tensors", "awq", "gptq"])
+def test_quantization_config_against_tensors_and_report(name, folder, tmp_path):
+    def group_size(config): inner(config, "group_size")["group_size"] = 64
+    def scheme(config): config["quantization_config"]["llmquant_scheme"]["group_size"] = 64
+    def method(config): config["quantization_config"]["llmquant_method"] = "other"
+    def ignore(config):
+        found = config["quantization_config"]
+        if "dynamic" in found: found["dynamic"][f"-:^{re.escape(LAYER)}$"] = {}
+        else: found["ignore" if "ignore" in found else "modules_to_not_convert"].append(LAYER)
+    for edit, expected in ((group_size, "config.json says group_size 64, and each of the 8 scales"),
+                           (scheme, "quantization_config.llmquant_scheme is"),
+                           (method, "quantization_config.llmquant_method is"),
+                           (ignore, f"layer {LAYER}: is quantized, and config.json says that it was left in float")):
+        export = edited(folder/name, tmp_path/edit.__name__, edit=edit)
+        for reference in (None, folder/"base"): assert expected in message(ProofError, export, reference)
+
+
+def test_group_size_of_whole_rows(folder, tmp_path):
+    def edit(config): inner(config, "group_size").update(group_size=32, strategy="group")
+    assert "says group_size 32" in message(ProofError, edited(folder/"channel", tmp_path/"e", edit=edit))
+
+
+def test_layers_in_the_files_and_in_the_report(folder, tmp_path):
+    def edit(report):
+        for part in (report["layers"], report["proof"]["digests"]): del part[LAYER]
+    export = edited(folder/"awq", tmp_path/"e", REPORT, edit)
+    assert f"layer {LAYER}: is quantized in the files or in the report" in message(ProofError, export)
+
+
+def test_wrong_references(folder, tmp_path):
+    def reference(name, edit):
+        target = shutil.copytree(folder/"base", tmp_path/name)
+        tensors = load_file(target/"model.safetensors")
+        edit(tensors)
+        save_file(tensors, target/"model.safetensors", metadata={"format": "pt"})
+        return target
+    weight, norm = f"{LAYER}.weight", "model.norm.weight"
+    for i, name in enumerate((weight, norm)):
+        gone = reference(f"gone{i}", lambda t: t.pop(name))
+        assert f"tensor {name}: the reference has none" in message(ProofError, folder/"awq", gone)
+        other = reference(f"other{i}", lambda t: t.update({name: torch.zeros(3, 5)}))
+        assert f"tensor {name}: is " in message(ProofError, folder/"awq", other)
+    more = reference("more", lambda t: t.update(more=torch.zeros(2)))
+    assert "tensor more: is not in the export" in message(ProofError, folder/"awq", more)
+    wrong = tiny.make("qwen3", tmp_path/"qwen3")
+    assert "config.json: " in message(ProofError, folder/"awq", wrong)
+
+
+@pytest.mark.parametrize("text", ["", "a: [", "- 1", "proof: 3", "proof: {digests: 3}", "\x00", "a: &a [*a]",
+                                  "proof: {digests: {a: '0'}, promises_step: true}\nlayers: {a: {shape: 3}}",
+                                  "proof: {digests: {a: '0'}, promises_step: true}\nlayers: {a: {shape: [2, 2]}}",
+                                  "proof: {digests: {}}\nlayers: {}"])
+def test_damaged_reports(text, folder, tmp_path):
+    export = edited(folder/"awq", tmp_path/"e", REPORT, text=text)
+    found = message(UsageError, export, folder/"base")
+    assert found.startswith(f"{export/REPORT}: ") and "not an export of llmquant, or it is damaged" in found
+
+
+def test_damaged_configs(folder, tmp_path):
+    for i, edit in enumerate((lambda c: c.pop("quantization_config"), lambda c: c.update(quantization_config=[1]),
+                              lambda c: c["quantization_config"].pop("quant_method"),
+                              lambda c: c["quantization_config"].pop("config_groups"),
+                              lambda c: c["quantization_config"].update(config_groups={"group_0": None}),
+                              lambda c: c["quantization_config"].pop("ignore"))):
+        export = edited(folder/"compressed_tensors", tmp_path/str(i), edit=edit)
+        found = message(UsageError, export, folder/"base")
+        assert found.startswith(f"{export/'config.json'}: ") and "not an export of llmquant, or it is damaged" in found
+    for i, text in enumerate(("{", "[]")):
+        assert "config.json: " in message(UsageError, edited(folder/"awq", tmp_path/f"t{i}", text=text), folder/"base")
+
+
+def test_paths_that_are_no_export(folder, tmp_path):
+    assert message(UsageError, tmp_path/"nope") == f"{tmp_path/'nope'}: does not exist; give the folder of an export"
+    assert "is a file" in message(UsageError, folder/"awq"/"config.json")
+    assert "holds no quantization_report.yaml" in message(UsageError, folder/"base")
+    assert "nope: does not exist" in message(UsageError, folder/"awq", tmp_path/"nope")
+
+
+def test_messages_never_name_the_partial_folder(folder, tmp_path, monkeypatch):
+    partial = shutil.copytree(folder/"awq", tmp_path/"out.partial-123")
+    monkeypatch.setattr(proof, "vllm_installed", lambda: True)
+    refusal = proof.Answer(error=f"OSError: cannot read {partial}/x")
+    monkeypatch.setattr(proof, "ask_vllm_many", lambda jobs, stock: [refusal])
+    found = message(ProofError, partial, folder/"base")
+    assert found == "the export: vLLM cannot serve it (OSError: cannot read the export/x)"
+    (partial/"config.json").write_text("{")
+    assert message(UsageError, partial).startswith(f"{tmp_path/'out'}/config.json: ")
+
+
+def test_a_failed_proof_of_the_pipeline(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("llmquant.pipeline.require_vllm", lambda: None)
+    with pytest.raises(ProofError, match="^the export: its files are right, but there is no vLLM here"):
+        quantize(folder/"base", tmp_path/"out", bits=4, group_size=32, verify=True)
+    assert sorted(path.name for path in Path(tmp_path).iterdir()) == ["out.failed"]
