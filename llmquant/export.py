@@ -106,7 +106,7 @@ def to_yaml(report:dict) -> str:
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
     return yaml.dump(report, Dumper=dumper, sort_keys=False, allow_unicode=True, width=160)
 
-# %% ../nbs/export.ipynb #b1561818
+# %% ../nbs/export.ipynb #9ec55678
 def write_export(
     plan:Plan,             # What to do; `check_servable` has passed
     adapter,               # Of this model
@@ -118,10 +118,11 @@ def write_export(
     side_files:Iterable[Path]=(),       # Copied verbatim
     verify:Callable[[Path], dict]|None=None, # Called with the finished folder; its result goes into the report's proof
     max_shard_bytes:int=5 * 10**9, overwrite:bool=False, # See `ExportWriter`
+    protect:Iterable[Path]=(),          # Files and folders of the model, which the output must not replace
 ) -> dict:                 # The report
     "Write an export; nothing is left behind when it cannot be finished."
     start, cpu = time.perf_counter(), time.process_time()
-    with ExportWriter(Path(output), plan.layout, max_shard_bytes=max_shard_bytes, overwrite=overwrite) as writer:
+    with ExportWriter(Path(output), plan.layout, max_shard_bytes, overwrite, protect) as writer:
         results = carry(ExportSink(plan, writer))
         writer.copy_side_files(list(side_files))
         exported = export_config(config, plan)
@@ -135,7 +136,7 @@ def write_export(
         writer.publish()
     return report
 
-# %% ../nbs/export.ipynb #ff98daa3
+# %% ../nbs/export.ipynb #be949396
 def prove(
     writer:ExportWriter,            # Finished, not yet published
     report:dict,                    # As written
@@ -143,9 +144,9 @@ def prove(
 ) -> dict:                          # What the proof found
     "Run the proof; a failed one leaves the folder under OUT.failed."
     try: found = verify(writer.folder)
-    except ProofError:
+    except ProofError as error:
         writer.reject()
-        raise
+        raise ProofError(f"{error} (the export lies in {writer.folder.name}, for whoever wants to know why)") from error
     writer.write_text(REPORT, to_yaml({**report, "proof": {**report["proof"], **found}}))
     return found
 
@@ -188,19 +189,20 @@ def hand_over(
         results.append(LayerResult(layer, layers[layer.name].relative_error, weight.digest(), 0.0))
     return results
 
-# %% ../nbs/export.ipynb #c08486a9
+# %% ../nbs/export.ipynb #1cce5487
 def side_of_model(
     model,             # In memory
     source:Path|None,  # The checkpoint it came from, when known
     folder:Path,       # An empty folder for files that must be made
-) -> tuple[dict, list[Path]]: # config.json and the side files
+) -> tuple[dict, list[Path], list[Path]]: # config.json, the side files, and what must not be replaced
     "What belongs beside the weights: the checkpoint's own files, or what the model itself knows."
     if source is not None:
-        with closing(CheckpointSource(source)) as checkpoint: return checkpoint.config, checkpoint.side_files
+        with closing(CheckpointSource(source)) as checkpoint:
+            return checkpoint.config, checkpoint.side_files, checkpoint.files()
     if model.generation_config is not None: model.generation_config.save_pretrained(folder)
-    return model.config.to_dict(), sorted(folder.iterdir())
+    return model.config.to_dict(), sorted(folder.iterdir()), []
 
-# %% ../nbs/export.ipynb #60cb5fc2
+# %% ../nbs/export.ipynb #1a380797
 def export_model(
     model,                   # A quantized transformers model
     adapter,                 # Its family's adapter
@@ -220,10 +222,10 @@ def export_model(
     plan.check_servable()
     facts = facts or {"model": {"path": str(source) if source else None, "adapter": adapter.model_type}}
     with tempfile.TemporaryDirectory() as folder:
-        config, side_files = side_of_model(model, Path(source) if source else None, Path(folder))
+        config, side_files, protect = side_of_model(model, Path(source) if source else None, Path(folder))
         carry = lambda sink: hand_over(plan, layers, tensors, sink)
         return write_export(plan, adapter, carry, False, config, Path(path), facts,
-                            side_files=side_files, **kwargs)
+                            **{"side_files": side_files, "protect": protect} | kwargs)
 
 # %% ../nbs/export.ipynb #69aee33f
 def adopt_marked(

@@ -104,7 +104,7 @@ def run_in_memory(recipe:Recipe, source:CheckpointSource, quantizer:BaseQuantize
     return export_model(model, adapter, recipe.output_path, source.path,
                         format=recipe.format, container=recipe.container, **kwargs)
 
-# %% ../nbs/pipeline.ipynb #4f170f7b
+# %% ../nbs/pipeline.ipynb #ea018f90
 def run(
     recipe:Recipe, # From `resolve`
 ) -> dict:         # The report
@@ -120,7 +120,7 @@ def run(
         model = {"path": str(recipe.model_path), "model_type": source.config.get("model_type"),
                  "adapter": adapter.model_type, "dtype": dtype_name(source.dtype)}
         shared = dict(facts={"recipe": recipe_to_dict(recipe), "model": model}, verify=_prover(recipe, plan),
-                      max_shard_bytes=recipe.max_shard_size, overwrite=recipe.overwrite)
+                      max_shard_bytes=recipe.max_shard_size, overwrite=recipe.overwrite, protect=source.files())
         logger.info("%s: %d layers to %s, %d left in float",
                     recipe.model_path, len(plan.quantized), plan.scheme or "16 bits", len(plan.ignored))
         if recipe.bits < 16 and not streams(quantizer, recipe):

@@ -65,9 +65,8 @@ def test_both_doors_give_the_same_export(kind, tie, tmp_path):
 
 
 def test_folder_holds_what_it_must(base, tmp_path):
-    report = llmquant.quantize(base, tmp_path / "out", bits=4, group_size=32, max_shard_size=100_000)
+    report = llmquant.quantize(base, tmp_path / "out", bits=4, group_size=32)
     out = tmp_path / "out"
-    assert len(list(out.glob("*.safetensors"))) > 1
     for name in "chat_template.jinja", "LICENSE", "generation_config.json":
         assert (out / name).read_bytes() == (base / name).read_bytes()
     config, vllm_config = (json.loads((out / n).read_text()) for n in ("config.json", "vllm_config.json"))
@@ -349,3 +348,26 @@ def test_a_broken_package_is_named(third_party, base, tmp_path):
     done = run(third_party, "--model-path", base, "--output-path", tmp_path / "out", "--group-size", 32)
     assert done.returncode == 2 and "package thirdparty-quant cannot be loaded" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_shards_are_as_large_as_asked_and_hold_everything(tmp_path):
+    base = tiny.make("llama", tmp_path / "base", layers=12)
+    llmquant.quantize(base, tmp_path / "whole", bits=8, group_size=32)
+    llmquant.quantize(base, tmp_path / "parts", bits=8, group_size=32, max_shard_size="1MB")
+    shards = list((tmp_path / "parts").glob("*.safetensors"))
+    assert len(shards) > 1 and all(shard.stat().st_size < 1_100_000 for shard in shards)
+    whole, parts = all_tensors(tmp_path / "whole"), all_tensors(tmp_path / "parts")
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[n], parts[n]) for n in whole)
+
+
+def test_overwrite_never_reaches_the_model_through_links(base, tmp_path):
+    "A hub cache: the snapshot's files are links into a folder of blobs."
+    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "1"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for file in base.iterdir():
+        (blobs / file.name).write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(blobs / file.name)
+    before = {p.name: p.read_bytes() for p in blobs.iterdir()}
+    with pytest.raises(UsageError): llmquant.quantize(snapshot, blobs, bits=4, group_size=32, overwrite=True)
+    assert {p.name: p.read_bytes() for p in blobs.iterdir()} == before
