@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 from .errors import UsageError, closest
 
-# %% ../../nbs/core/options.ipynb #e747e999
+# %% ../../nbs/core/options.ipynb #12fca925
 @dataclass(frozen=True)
 class Option:
     "One option of a component."
@@ -24,22 +24,24 @@ class Option:
     maximum: float|None = None       # Largest allowed value, included
     aliases: tuple[str, ...] = ()    # Other names for the same thing
     negations: tuple[str, ...] = ()  # Names that mean its opposite (bool only)
+    auto: bool = False               # Whether the word "auto" is allowed beside values of its type
 
 # %% ../../nbs/core/options.ipynb #e2c81fe1
 SYMMETRIC = Option("symmetric", bool, False, "zero lies in the middle of the grid, no zero points are stored",
                    aliases=("sym",), negations=("zero_point",))
 
-# %% ../../nbs/core/options.ipynb #0bec6517
+# %% ../../nbs/core/options.ipynb #897288e3
 def check_value(
     option:Option, # What is allowed
     value:Any,     # What was given
     where:str,     # The key as the user wrote it, for the message
 ) -> Any:          # The value in the option's type
     "Validate one value; `UsageError` names it and what is allowed."
+    if option.auto and value == "auto": return value
     if option.type is float and type(value) is int: value = float(value)
     if type(value) is not option.type:
         raise UsageError(f"{where}: {value!r} is {type(value).__name__}, "
-                         f"must be {option.type.__name__}{_allowed(option)}")
+                         f"must be {option.type.__name__}{_allowed(option)}{' or auto' if option.auto else ''}")
     if option.choices and value not in option.choices:
         raise UsageError(f"{where}: {value!r} is not one of {', '.join(map(str, option.choices))}"
                          f"{closest(value, option.choices)}")

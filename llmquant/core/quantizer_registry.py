@@ -17,7 +17,7 @@ from .qtensor import QuantizedWeight
 from .registry import Registry
 from .scheme import QuantScheme, scheme_for
 
-# %% ../../nbs/core/quantizer_registry.ipynb #d2250dee
+# %% ../../nbs/core/quantizer_registry.ipynb #4a11be52
 class BaseQuantizer:
     "One quantization method; subclasses write `quantize_weight`, or the guide's `quantize`."
     name = ""                                # Overridden by the class or in its constructor
@@ -25,11 +25,21 @@ class BaseQuantizer:
     supported_bits = (2, 3, 4, 8, 16)        # 16 leaves the model as it is
     supported_group_sizes = (32, 64, 128, 256) # The usual ones; any that divides in_features works
     data_free = True                         # Whether it looks at weights alone
+    stacks_rows = False                      # Rows do not see each other: Linears with one input may be stacked
     settings = MappingProxyType({})          # The options' values, set by `configure`
+
+    def needed_statistics(self) -> tuple[str, ...]: # Of "hessian", "cross" and "maxima"; see the Statistics page
+        "What calibration must measure for it."
+        return ()
+
+    def prepare_block(self,
+        view:Any, # A `BlockView`: modules, schemes, smoothing pairs and statistics of one decoder block
+    ):
+        "Edit a block before its weights are quantized, in a way that leaves its function in float as it is."
 
     def quantize_weight(self,
         weight:Tensor,      # [out_features, in_features], any float dtype, finite
-        stats:Any,          # What the method asked to be measured; None for data-free methods
+        stats:Any,          # The `LayerStats` that it asked for, its to use up; None for data-free methods
         scheme:QuantScheme, # The grid to use
     ) -> QuantizedWeight:
         "Quantize one weight."
