@@ -13,11 +13,12 @@ from pathlib import Path
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-# %% ../../nbs/models/base_adapter.ipynb #4d824a0e
+# %% ../../nbs/models/base_adapter.ipynb #3f5d743d
 from ..core.errors import UsageError, closest
 from .sites import (TIED, LinearSite, module_of, number_of_blocks, sites_by_names, split_block,
                                    text_config)
-from .skeleton import find_blocks, module_names, on_disk, saved_state, sites_by_skeleton
+from .skeleton import (assemble, checkpoint_names, find_blocks, module_names, on_disk, saved_state, sites_by_skeleton,
+                                      skeleton)
 
 # %% ../../nbs/models/base_adapter.ipynb #1b6a907c
 def group_sites(
@@ -147,7 +148,27 @@ class BaseHuggingFaceAdapter(Architecture):
         "What `save_pretrained` would write: checkpoint name -> tensor (possibly a view); of a QuantLinear its bias."
         return on_disk(model, saved_state(model))
 
-# %% ../../nbs/models/base_adapter.ipynb #6d1a6669
+# %% ../../nbs/models/base_adapter.ipynb #16fda411
+@patch
+def skeleton(self:BaseHuggingFaceAdapter,
+    config: dict, # config.json, parsed
+) -> nn.Module:   # transformers model whose parameters are on the meta device
+    "The model that `config` describes, without memory for its weights."
+    return skeleton(config)
+
+@patch
+def tensor_places(self:BaseHuggingFaceAdapter,
+    model: nn.Module, # transformers model
+) -> dict[str, str|None]: # tensor name in memory -> name in the checkpoint; None: `assemble` it
+    "Where the checkpoint keeps each tensor of `model`."
+    return checkpoint_names(model)
+
+@patch
+def assemble(self:BaseHuggingFaceAdapter, model: nn.Module, name: str, shape: tuple, read, dtype) -> Tensor:
+    "A parameter that the checkpoint keeps in other shapes."
+    return assemble(model, name, shape, read, dtype)
+
+# %% ../../nbs/models/base_adapter.ipynb #8fa3f986
 @patch
 def vllm_config(self:BaseHuggingFaceAdapter,
     config: dict,              # config.json, parsed
@@ -161,7 +182,7 @@ def vllm_config(self:BaseHuggingFaceAdapter,
     return {"model": model, "tokenizer": {"type": kind, "trust_remote_code": trust},
             "quantization": quantization_config}
 
-# %% ../../nbs/models/base_adapter.ipynb #9070da93
+# %% ../../nbs/models/base_adapter.ipynb #4a580d5f
 @patch
 def _save_vllm_config(self:BaseHuggingFaceAdapter,
     model: nn.Module,  # quantized transformers model
@@ -172,7 +193,7 @@ def _save_vllm_config(self:BaseHuggingFaceAdapter,
     text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
     (Path(output_path)/"vllm_config.json").write_text(text, encoding="utf-8")
 
-# %% ../../nbs/models/base_adapter.ipynb #bca7cd9d
+# %% ../../nbs/models/base_adapter.ipynb #67c26033
 @patch
 def save_quantized(self:BaseHuggingFaceAdapter,
     model: nn.Module,            # quantized transformers model
