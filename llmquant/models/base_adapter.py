@@ -35,7 +35,7 @@ def group_sites(
                 groups.append(names)
     return groups
 
-# %% ../../nbs/models/base_adapter.ipynb #7b56b900
+# %% ../../nbs/models/base_adapter.ipynb #3b2ed6b2
 class Architecture:
     "What a family looks like in a checkpoint: tables as class attributes, answers from names and shapes."
     model_type = "default"            # name of the family, also in vllm_config.json
@@ -60,6 +60,10 @@ class Architecture:
     def fused_groups(self, sites: list) -> list[tuple[str, ...]]: # from linear_sites
         "Module names that vLLM fuses: one scheme, all quantized or none."
         return group_sites(sites, self.fused)
+
+    def smoothing_pairs(self, config: dict, block: int) -> tuple: # config.json; index -> SmoothingPair, ...
+        "Where a block's inputs may be rescaled without changing its function; () where nobody has said."
+        return ()
 
     def block_of(self, name: str) -> int|None: # module or tensor name
         "Index of the decoder block that `name` is in, None outside."

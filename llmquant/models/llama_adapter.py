@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['ATTENTION', 'MLP', 'LlamaAdapter']
 
-# %% ../../nbs/models/llama_adapter.ipynb #206b0a26
+# %% ../../nbs/models/llama_adapter.ipynb #c68cfacd
+from ..core.smoothing import SmoothingPair
 from .base_adapter import BaseHuggingFaceAdapter
+from .pairs import attention_pairs, dense_mlp_pairs
 
-# %% ../../nbs/models/llama_adapter.ipynb #0eb9d751
+# %% ../../nbs/models/llama_adapter.ipynb #664d7319
 ATTENTION = tuple(f"self_attn.{name}_proj" for name in "qkvo")
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
@@ -18,3 +20,9 @@ class LlamaAdapter(BaseHuggingFaceAdapter):
     model_types = ("llama", "mistral", "ministral3", "smollm3", "granite", "hyperclovax", "seed_oss")
     blocks = "model.layers"
     linears = ATTENTION + MLP
+
+    def smoothing_pairs(self, config: dict, block: int) -> tuple[SmoothingPair, ...]: # config.json; index
+        "Norm to q, k, v; v to o; norm to gate, up; up to down."
+        if config.get("model_type") not in self.model_types: return ()
+        at = f"{self.blocks}.{block}"
+        return attention_pairs(config, at) + dense_mlp_pairs(at)
