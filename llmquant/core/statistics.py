@@ -68,7 +68,14 @@ def finish(self:LayerStats) -> LayerStats:
         if total is not None: total /= max(self.tokens, 1)
     return self
 
-# %% ../../nbs/core/statistics.ipynb #cf19143e
+# %% ../../nbs/core/statistics.ipynb #e6cb6460
+@patch
+def copy(self:LayerStats) -> LayerStats: # The notes are the copy's own
+    "The same statistics in tensors of their own."
+    own = lambda t: None if t is None else t.clone()
+    return LayerStats(self.tokens, own(self.hessian), own(self.cross), own(self.maxima), own(self.means), dict(self.notes))
+
+# %% ../../nbs/core/statistics.ipynb #e9eaedf7
 @patch
 def scaled(self:LayerStats,
     s:Tensor, # [in_features], positive: the input becomes x / s
