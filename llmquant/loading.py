@@ -6,9 +6,10 @@
 __all__ = ['PACKED', 'FORMATS', 'PARTS', 'packed_layers', 'export_format', 'container_of', 'columns_of', 'dequantized',
            'float_tensors', 'open_any', 'model_config', 'load']
 
-# %% ../nbs/loading.ipynb #abe04e2a
+# %% ../nbs/loading.ipynb #e9c2b07b
 import json
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from .checkpoint.source import CheckpointSource, open_checkpoint
 from .core.errors import UsageError
 from .core.format_registry import BaseFormat, FormatRegistry
 from .core.model_registry import ModelRegistry
-from .core.scheme import QuantScheme
+from .core.scheme import QuantScheme, scheme_of
 
 # %% ../nbs/loading.ipynb #e7e9b8ee
 PACKED = (".weight_packed", ".qweight")
@@ -27,28 +28,30 @@ def packed_layers(names,  # tensor names of an export
     "The quantized layers, in the order of the names."
     return [name.removesuffix(suffix) for name in names for suffix in PACKED if name.endswith(suffix)]
 
-# %% ../nbs/loading.ipynb #988e6b24
+# %% ../nbs/loading.ipynb #07895897
 FORMATS = {"compressed-tensors": "compressed_tensors", "gptq": "gptq", "awq": "awq"}
 
 def export_format(quantization_config: dict,  # of an export's config.json
                   where,                      # the export, for the message
-                  ) -> tuple[BaseFormat, QuantScheme]:
-    "The format that packed an export, and the grid of its weights."
+                  ) -> BaseFormat:
+    "The format that packed an export; `scheme_of` tells each layer's grid."
     kind, scheme = quantization_config.get("quant_method"), quantization_config.get("llmquant_scheme")
     if kind not in FORMATS or not scheme:
         raise UsageError(f"{where}: was not quantized by llmquant (quant_method {kind!r}, no llmquant_scheme); "
                          "give an export of llmquant or an unquantized checkpoint")
-    scheme = QuantScheme.from_dict(scheme)
-    return FormatRegistry.get(FORMATS[kind])(container_of(quantization_config, scheme)), scheme
+    return FormatRegistry.get(FORMATS[kind])(container_of(quantization_config))
 
-# %% ../nbs/loading.ipynb #3187e5af
+# %% ../nbs/loading.ipynb #84fcc50b
 def container_of(quantization_config: dict,  # of an export's config.json
-                 scheme: QuantScheme,        # the grid of its weights
                  ) -> str:
     "The name of the container: `int4`, `dense`, or `auto` where there is no choice."
-    if scheme.bits not in (2, 3) or "config_groups" not in quantization_config: return "auto"
-    stored = {group["weights"]["num_bits"] for group in quantization_config["config_groups"].values()}
-    return "dense" if stored == {scheme.bits} else "int4"
+    groups = quantization_config.get("config_groups", {}).values()
+    widths = [(scheme_of(quantization_config, group["targets"][0]).bits, group["weights"]["num_bits"])
+              for group in groups]
+    narrow = [(bits, stored) for bits, stored in widths if bits in (2, 3)]
+    if not narrow: return "auto"
+    if all(bits == stored for bits, stored in narrow): return "dense"
+    return "int4" if all(stored == 4 for _, stored in narrow) else "auto"
 
 # %% ../nbs/loading.ipynb #7e74eaaa
 def columns_of(source: CheckpointSource,  # an export
@@ -71,7 +74,7 @@ def dequantized(source: CheckpointSource,  # an export
     parts = {name: source.tensor(name) for name in source.tensors if name.startswith(f"{layer}.")}
     return packing.unpack(layer, parts, scheme, columns_of(source, layer, scheme.bits)).dequantize(torch.float32)
 
-# %% ../nbs/loading.ipynb #d5ed8ed5
+# %% ../nbs/loading.ipynb #6660d360
 def float_tensors(source: CheckpointSource,           # an export, or a plain checkpoint
                   served_in: torch.dtype | None = None,  # round to this dtype; None leaves tensors as they are
                   ) -> dict[str, torch.Tensor]:       # checkpoint name -> tensor
@@ -83,8 +86,8 @@ def float_tensors(source: CheckpointSource,           # an export, or a plain ch
     packed = {f"{layer}.{part}" for layer in layers for part in PARTS}
     state = {name: served(name, source.tensor(name)) for name in source.tensors if name not in packed}
     if not layers: return state
-    packing, scheme = export_format(quantization_config, source.path)
-    weights = {f"{layer}.weight": dequantized(source, layer, packing, scheme) for layer in layers}
+    packing, grid = export_format(quantization_config, source.path), partial(scheme_of, quantization_config)
+    weights = {f"{layer}.weight": dequantized(source, layer, packing, grid(layer)) for layer in layers}
     return state | {name: served(name, weight) for name, weight in weights.items()}
 
 # %% ../nbs/loading.ipynb #68165747

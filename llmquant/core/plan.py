@@ -211,7 +211,7 @@ def kept_tensors(
     cast = lambda name, d: dtype if d == stored and d.is_floating_point and not keep_dtype(name) else d
     return {name: (cast(name, d), tuple(shape)) for name, (d, shape) in tensors.items() if name not in gone}
 
-# %% ../../nbs/core/plan.ipynb #8110f48a
+# %% ../../nbs/core/plan.ipynb #ac96a579
 def _choose_format(
     asked:str,                    # A format's name, or "auto"
     container:str,                # See `make_plan`
@@ -220,11 +220,9 @@ def _choose_format(
     schemes:Sequence[QuantScheme],# All grids in use
 ) -> BaseFormat:
     "The layout of the export."
-    if asked != "auto": return FormatRegistry.get(asked)(container)
-    names = dict.fromkeys([quantizer.preferred_format(scheme), "compressed_tensors"] if len(schemes) > 1
-                          else [quantizer.preferred_format(s) for s in schemes])
-    formats = [FormatRegistry.get(name)(container) for name in names]
-    return next((f for f in formats if not f.whole_objection(schemes)), formats[-1])
+    format = FormatRegistry.get(quantizer.preferred_format(scheme) if asked == "auto" else asked)(container)
+    mixed = asked == "auto" and len(schemes) > 1 and format.whole_objection(schemes)
+    return FormatRegistry.get("compressed_tensors")(container) if mixed else format
 
 # %% ../../nbs/core/plan.ipynb #62023df5
 def make_plan(

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['REPORT', 'NEEDED', 'FIXED', 'MAY_DIFFER', 'damaged', 'is_shape', 'is_scheme', 'report_objection', 'read_report',
-           'quantization_objection', 'check_width', 'left_in_float', 'check_quantization', 'shown', 'difference',
-           'check_config']
+           'group_objection', 'quantization_objection', 'check_width', 'left_in_float', 'check_quantization', 'shown',
+           'difference', 'check_config']
 
-# %% ../../nbs/evaluation/proof_config.ipynb #967e1ff2
+# %% ../../nbs/evaluation/proof_config.ipynb #c215ebbb
 import json
 import re
 from pathlib import Path
@@ -15,7 +15,8 @@ from pathlib import Path
 import yaml
 
 from ..core.errors import ProofError, UsageError
-from ..core.scheme import QuantScheme
+from ..core.scheme import QuantScheme, scheme_of
+from ..formats.unpackers import group_weights
 
 # %% ../../nbs/evaluation/proof_config.ipynb #6a2c2f62
 REPORT = "quantization_report.yaml"
@@ -83,7 +84,22 @@ NEEDED = {"compressed-tensors": {"format": str, "config_groups": dict, "ignore":
 FIXED = {"compressed-tensors": {"format": "pack-quantized"}, "gptq": {"desc_act": False, "sym": True},
          "awq": {"bits": 4, "zero_point": True, "version": "gemm"}}
 
-# %% ../../nbs/evaluation/proof_config.ipynb #5f296fe6
+# %% ../../nbs/evaluation/proof_config.ipynb #9b712679
+def group_objection(name: str,  # such as group_0
+                    group,      # what stands there
+                    ) -> str:
+    "What is wrong with one of compressed-tensors' groups; empty when nothing is."
+    weights, targets = (group.get(key) if isinstance(group, dict) else None for key in ("weights", "targets"))
+    if not isinstance(weights, dict) or type(weights.get("num_bits")) is not int or "symmetric" not in weights:
+        return f"quantization_config.config_groups.{name}.weights is missing or incomplete"
+    if not isinstance(targets, list) or not targets or not all(isinstance(target, str) for target in targets):
+        return f"quantization_config.config_groups.{name}.targets must be a list of names"
+    width = weights.get("group_size")
+    if width is not None and type(width) is not int: return f"the group_size of {name} must be a number or null"
+    strategy = "channel" if width is None else "group"
+    return "" if weights.get("strategy") == strategy else f"the strategy of {name} must be {strategy}"
+
+# %% ../../nbs/evaluation/proof_config.ipynb #9d2907d9
 def quantization_objection(found,  # config.json's quantization_config
                            ) -> str:
     "What is wrong with its form; empty when nothing is."
@@ -95,30 +111,26 @@ def quantization_objection(found,  # config.json's quantization_config
     names = found.get("ignore") or found.get("modules_to_not_convert") or list(found.get("dynamic", ()))
     if not all(isinstance(name, str) for name in names): return "the list of layers left in float must hold names"
     if "config_groups" not in found: return ""
-    group = found["config_groups"].get("group_0")
-    weights = group.get("weights") if isinstance(group, dict) else None
-    if not isinstance(weights, dict) or type(weights.get("num_bits")) is not int or "symmetric" not in weights:
-        return "quantization_config.config_groups.group_0.weights is missing or incomplete"
-    width = weights.get("group_size")
-    if width is not None and type(width) is not int: return "the group_size of group_0 must be a number or null"
-    strategy = "channel" if width is None else "group"
-    return "" if weights.get("strategy") == strategy else f"the strategy of group_0 must be {strategy}"
+    if "group_0" not in found["config_groups"]: return "quantization_config.config_groups.group_0 is missing"
+    own = found.get("llmquant_overrides", {})
+    if not isinstance(own, dict) or not all(map(is_scheme, own.values())):
+        return "quantization_config.llmquant_overrides must be a mapping from layers to grids"
+    return next(filter(None, (group_objection(*item) for item in found["config_groups"].items())), "")
 
-# %% ../../nbs/evaluation/proof_config.ipynb #9614e107
+# %% ../../nbs/evaluation/proof_config.ipynb #0fe881c3
 def check_width(found: dict,   # quantization_config
                 layer: str,    # a quantized layer
                 columns: int,  # of its weight
                 groups: int,   # scales in a row
                 ):
     "`ProofError` when the configuration's group size is not that of the scales."
-    weights = found["config_groups"]["group_0"]["weights"] if "config_groups" in found else found
-    said = weights["group_size"]
+    said = (group_weights(found, layer) if "config_groups" in found else found)["group_size"]
     width = columns if said in (None, -1) else said
     if width * groups != columns:
         raise ProofError(f"layer {layer}: config.json says group_size {said}, and each of the {groups} scales in a row "
                          f"of {columns} weights means {columns // groups} of them")
 
-# %% ../../nbs/evaluation/proof_config.ipynb #893f24cf
+# %% ../../nbs/evaluation/proof_config.ipynb #7f9be4a3
 def left_in_float(found: dict,  # quantization_config
                   layer: str,   # a layer
                   ) -> bool:
@@ -127,7 +139,7 @@ def left_in_float(found: dict,  # quantization_config
     if "modules_to_not_convert" in found: return any(part in layer for part in found["modules_to_not_convert"])
     return any(re.match(name[3:], layer) if name.startswith("re:") else name == layer for name in found["ignore"])
 
-# %% ../../nbs/evaluation/proof_config.ipynb #73d53074
+# %% ../../nbs/evaluation/proof_config.ipynb #bc41fda8
 def check_quantization(config: dict,  # the export's config.json
                        report: dict,  # its report
                        path: Path,    # of config.json, for messages
@@ -146,16 +158,19 @@ def check_quantization(config: dict,  # the export's config.json
         if found.get(key) != value:
             raise ProofError(f"config.json: quantization_config.{key} is {shown(found.get(key))} and must be "
                              f"{shown(value)}, as the report says")
-    if wrong := [layer for layer in layers if left_in_float(found, layer)]:
-        raise ProofError(f"layer {wrong[0]}: is quantized, and config.json says that it was left in float")
+    for layer, facts in report["layers"].items():
+        if left_in_float(found, layer):
+            raise ProofError(f"layer {layer}: is quantized, and config.json says that it was left in float")
+        if "scheme" in facts and str(own := scheme_of(found, layer)) != facts["scheme"]:
+            raise ProofError(f"layer {layer}: is {own} in config.json and {facts['scheme']} in the report")
 
-# %% ../../nbs/evaluation/proof_config.ipynb #37e34c0a
+# %% ../../nbs/evaluation/proof_config.ipynb #59614a7f
 def shown(value) -> str:
     "A value of config.json for a message."
     text = json.dumps(value, sort_keys=True)
     return text if len(text) <= 120 else text[:117] + "..."
 
-# %% ../../nbs/evaluation/proof_config.ipynb #be0cb23a
+# %% ../../nbs/evaluation/proof_config.ipynb #3d7d86ea
 MAY_DIFFER = {"quantization_config", "dtype", "torch_dtype", "_name_or_path", "transformers_version"}
 
 def difference(ours: dict, theirs: dict, within: str = "") -> tuple[str, str, str] | None:
@@ -171,7 +186,7 @@ def difference(ours: dict, theirs: dict, within: str = "") -> tuple[str, str, st
         if whole[0] != whole[1]: return f"{within}{key}", *texts
     return None
 
-# %% ../../nbs/evaluation/proof_config.ipynb #2925e0d4
+# %% ../../nbs/evaluation/proof_config.ipynb #deb50f10
 def check_config(config: dict,  # the export's config.json
                  theirs: dict,  # MODEL's, that of a GGUF as converted
                  report: dict,  # the export's

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['pack_interleaved', 'unpack_interleaved', 'AWQFormat']
 
-# %% ../../nbs/formats/awq.ipynb #0b909f53
+# %% ../../nbs/formats/awq.ipynb #ae66e4c2
 import torch
 from collections.abc import Mapping
 from fastcore.basics import patch
+from types import MappingProxyType
 from torch import Tensor
 from .. import __version__
 from ..core.errors import UsageError
-from ..core.format_registry import BaseFormat
+from ..core.format_registry import BaseFormat, group_objection
 from ..core.packing import pack_bits, unpack_bits
 from ..core.qtensor import QuantizedWeight
 from ..core.scheme import QuantScheme
@@ -36,20 +37,12 @@ def unpack_interleaved(
     out[..., _SLOTS] = slots
     return out.flatten(1)
 
-# %% ../../nbs/formats/awq.ipynb #4c6a044a
+# %% ../../nbs/formats/awq.ipynb #b462fb46
 class AWQFormat(BaseFormat):
     "AWQ's layout (its GEMM version), 4 bits."
     name = "awq"
 
-    def __init__(self,
-        container:str="auto", # "auto" or "dense": there is no other here
-    ):
-        if container not in ("auto", "dense"):
-            raise UsageError(f"format awq has no container {container!r}; use container auto or "
-                             "format compressed_tensors")
-        self.container = container
-
-# %% ../../nbs/formats/awq.ipynb #fa406de0
+# %% ../../nbs/formats/awq.ipynb #08b6d2d0
 _GROUPS = 32, 64, 128
 
 @patch
@@ -63,8 +56,7 @@ def objection(self:AWQFormat,
     if scheme.granularity == "group" and scheme.group_size not in _GROUPS:
         return (f"vLLM reads awq with groups of 32, 64, 128 or -1, not {scheme.group_size}; "
                 "use format compressed_tensors")
-    if in_features % scheme.width(in_features):
-        return f"group_size {scheme.group_size} does not divide in_features {in_features}; use one that does, or -1"
+    if undivided := group_objection(scheme, in_features): return undivided
     if out_features % 32 or in_features % 32:
         return (f"vLLM's 4-bit kernel for CPUs needs multiples of 32, not [{out_features}, {in_features}]; "
                 "use 8 bits and format compressed_tensors, or leave the layer in float")
@@ -108,15 +100,17 @@ def unpack(self:AWQFormat,
     codes, zeros = (unpack_interleaved(t).T.contiguous() for t in (qweight, qzeros))
     return QuantizedWeight(codes, scales.T.contiguous(), zeros, scheme)
 
-# %% ../../nbs/formats/awq.ipynb #8b0eccad
+# %% ../../nbs/formats/awq.ipynb #8204e176
 @patch
 def quantization_config(self:AWQFormat,
     scheme:QuantScheme,   # The grid of all quantized layers
     quantized:list[str],  # Full names of quantized modules
     ignored:list[str],    # Full names of Linear modules left in float
     method:str,           # The llmquant method that made the codes
+    overrides:Mapping[str, QuantScheme]=MappingProxyType({}), # Always empty: see `whole_objection`
 ) -> dict:                # For config.json
     "The section `quantization_config` in vLLM's words, and ours beside them."
+    if objection := self.whole_objection(dict.fromkeys((scheme, *overrides.values()))): raise UsageError(objection)
     return {"quant_method": "awq", "bits": 4, "zero_point": True, "version": "gemm",
             "group_size": scheme.group_size if scheme.granularity == "group" else -1,
             "lm_head": "lm_head" in quantized, "modules_to_not_convert": substring_entries(quantized, ignored),

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['CompressedTensorsFormat']
 
-# %% ../../nbs/formats/compressed_tensors.ipynb #7d408732
+# %% ../../nbs/formats/compressed_tensors.ipynb #9d014a30
 import torch
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from torch import Tensor
 from .. import __version__
-from ..core.errors import UsageError
-from ..core.format_registry import BaseFormat
+from ..core.format_registry import BaseFormat, group_objection
 from ..core.packing import pack_bits, unpack_bits, words_for
 from ..core.qtensor import QuantizedWeight
 from ..core.scheme import QuantScheme
@@ -19,17 +19,11 @@ from ..core.scheme import QuantScheme
 # %% ../../nbs/formats/compressed_tensors.ipynb #b1650e87
 from fastcore.basics import patch
 
-# %% ../../nbs/formats/compressed_tensors.ipynb #7afcce5d
+# %% ../../nbs/formats/compressed_tensors.ipynb #0619062f
 class CompressedTensorsFormat(BaseFormat):
     "compressed-tensors `pack-quantized`, weights only."
     name = "compressed_tensors"
-
-    def __init__(self,
-        container:str="auto", # "auto", "dense" or "int4"
-    ):
-        if container not in ("auto", "dense", "int4"):
-            raise UsageError(f"container {container!r} is not known; use auto, dense or int4")
-        self.container = container
+    containers = ("auto", "dense", "int4")
 
     def dense(self) -> "CompressedTensorsFormat":
         "The layout whose codes lie end to end, whatever vLLM says to it: to know what a container costs."
@@ -48,7 +42,7 @@ class CompressedTensorsFormat(BaseFormat):
         "How far symmetric codes move so that the container's understood zero is theirs."
         return 2**(self.stored_bits(scheme) - 1) - scheme.middle if scheme.symmetric else 0
 
-# %% ../../nbs/formats/compressed_tensors.ipynb #0fb22c6e
+# %% ../../nbs/formats/compressed_tensors.ipynb #94c055a4
 @patch
 def objection(self:CompressedTensorsFormat,
     scheme:QuantScheme, # The weight's grid
@@ -57,13 +51,10 @@ def objection(self:CompressedTensorsFormat,
 ) -> str:               # "" when vLLM loads it, else why not and what to use instead
     "Why vLLM would not load a layer of this shape on this grid."
     bits, stored = scheme.bits, self.stored_bits(scheme)
-    if self.container == "int4" and bits not in (2, 3):
-        return f"container int4 is for 2- and 3-bit codes, not {bits}; use container auto"
     if not scheme.symmetric and stored not in (4, 8):
         remedy = "container int4 or symmetric" if bits in (2, 3) else "symmetric, or 4 or 8 bits"
         return f"vLLM takes asymmetric codes of 4 and 8 bits only, not a dense stream of {bits}; use {remedy}"
-    if in_features % scheme.width(in_features):
-        return f"group_size {scheme.group_size} does not divide in_features {in_features}; use one that does, or -1"
+    if undivided := group_objection(scheme, in_features): return undivided
     if stored == 4 and (out_features % 32 or in_features % 32):
         return (f"vLLM's 4-bit kernel for CPUs needs multiples of 32, not [{out_features}, {in_features}]; "
                 "use 8 bits or leave the layer in float")
@@ -74,7 +65,17 @@ def objection(self:CompressedTensorsFormat,
                 "leave the layer in float")
     return ""
 
-# %% ../../nbs/formats/compressed_tensors.ipynb #31031915
+# %% ../../nbs/formats/compressed_tensors.ipynb #9efb59e9
+@patch
+def whole_objection(self:CompressedTensorsFormat,
+    schemes:Collection[QuantScheme], # All grids of an export
+) -> str:                            # "" when vLLM loads it, else why not and what to use instead
+    "Why vLLM would not load an export with these grids in it."
+    widths = sorted({s.bits for s in schemes})
+    if self.container != "int4" or not widths or min(widths) < 4: return ""
+    return f"container int4 is for 2- and 3-bit codes, not {', '.join(map(str, widths))}; use container auto"
+
+# %% ../../nbs/formats/compressed_tensors.ipynb #1f8475c8
 @patch
 def layout(self:CompressedTensorsFormat,
     layer:str,          # Module name
@@ -90,7 +91,7 @@ def layout(self:CompressedTensorsFormat,
         tensors["weight_zero_point"] = torch.int32, (words_for(out_features, stored), groups)
     return {f"{layer}.{name}": what for name, what in tensors.items()}
 
-# %% ../../nbs/formats/compressed_tensors.ipynb #5e1dd3fa
+# %% ../../nbs/formats/compressed_tensors.ipynb #c48446ff
 @patch
 def pack(self:CompressedTensorsFormat,
     layer:str,              # Module name
@@ -106,7 +107,7 @@ def pack(self:CompressedTensorsFormat,
         tensors["weight_zero_point"] = pack_bits(weight.zeros.T.contiguous(), stored).T.contiguous()
     return {f"{layer}.{name}": tensor for name, tensor in tensors.items()}
 
-# %% ../../nbs/formats/compressed_tensors.ipynb #43eb56a8
+# %% ../../nbs/formats/compressed_tensors.ipynb #4da8a937
 @patch
 def unpack(self:CompressedTensorsFormat,
     layer:str,                  # Module name
@@ -122,20 +123,33 @@ def unpack(self:CompressedTensorsFormat,
     else: zeros = unpack_bits(tensors[f"{layer}.weight_zero_point"].T.contiguous(), stored, len(scales)).T.contiguous()
     return QuantizedWeight(codes, scales, zeros, scheme)
 
-# %% ../../nbs/formats/compressed_tensors.ipynb #7488b92e
+# %% ../../nbs/formats/compressed_tensors.ipynb #63726fcc
+def _config_group(
+    targets:list[str],  # Names of modules, or of their class
+    scheme:QuantScheme, # Their grid
+    stored:int,         # Bits that a code takes in the file
+) -> dict:
+    "One entry of `config_groups`."
+    group = scheme.group_size if scheme.granularity == "group" else None
+    weights = {"num_bits": stored, "type": "int", "strategy": "group" if group else "channel",
+               "group_size": group, "symmetric": scheme.symmetric, "dynamic": False}
+    return {"targets": targets, "weights": weights, "input_activations": None, "output_activations": None}
+
+# %% ../../nbs/formats/compressed_tensors.ipynb #72a9b435
 @patch
 def quantization_config(self:CompressedTensorsFormat,
-    scheme:QuantScheme,   # The grid of all quantized layers
+    scheme:QuantScheme,   # The grid of the quantized layers
     quantized:list[str],  # Full names of quantized modules
     ignored:list[str],    # Full names of Linear modules left in float
     method:str,           # The llmquant method that made the codes
+    overrides:Mapping[str, QuantScheme]=MappingProxyType({}), # Quantized modules on another grid
 ) -> dict:                # For config.json
     "The section `quantization_config` in vLLM's words, and ours beside them."
-    group = scheme.group_size if scheme.granularity == "group" else None
-    weights = {"num_bits": self.stored_bits(scheme), "type": "int", "strategy": "group" if group else "channel",
-               "group_size": group, "symmetric": scheme.symmetric, "dynamic": False}
-    groups = {"group_0": {"targets": ["Linear"], "weights": weights,
-                          "input_activations": None, "output_activations": None}}
+    members = {scheme: ["Linear"]}
+    for name, other in overrides.items(): members.setdefault(other, []).append(name)
+    groups = {f"group_{i}": _config_group(targets, s, self.stored_bits(s))
+              for i, (s, targets) in enumerate(members.items())}
+    own = {"llmquant_overrides": {name: s.to_dict() for name, s in overrides.items()}} if overrides else {}
     return {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
             "config_groups": groups, "ignore": list(ignored), "kv_cache_scheme": None,
-            "llmquant_method": method, "llmquant_scheme": scheme.to_dict(), "llmquant_version": __version__}
+            "llmquant_method": method, "llmquant_scheme": scheme.to_dict(), **own, "llmquant_version": __version__}

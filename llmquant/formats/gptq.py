@@ -5,33 +5,26 @@
 # %% auto #0
 __all__ = ['GPTQFormat']
 
-# %% ../../nbs/formats/gptq.ipynb #58e8b765
+# %% ../../nbs/formats/gptq.ipynb #e70d0dbd
 import torch
 from collections.abc import Mapping
 from fastcore.basics import patch
+from types import MappingProxyType
 from torch import Tensor
 from .. import __version__
 from ..core.errors import UsageError
-from ..core.format_registry import BaseFormat
+from ..core.format_registry import BaseFormat, group_objection
 from ..core.packing import pack_bits, unpack_bits
 from ..core.qtensor import QuantizedWeight
 from ..core.scheme import QuantScheme
 from .names import anchored_patterns
 
-# %% ../../nbs/formats/gptq.ipynb #0bd14fc1
+# %% ../../nbs/formats/gptq.ipynb #08b152cd
 class GPTQFormat(BaseFormat):
     "GPTQ's layout, symmetric, without activation order."
     name = "gptq"
 
-    def __init__(self,
-        container:str="auto", # "auto" or "dense": there is no other here
-    ):
-        if container not in ("auto", "dense"):
-            raise UsageError(f"format gptq has no container {container!r}; use container auto or "
-                             "format compressed_tensors")
-        self.container = container
-
-# %% ../../nbs/formats/gptq.ipynb #1d45cab6
+# %% ../../nbs/formats/gptq.ipynb #396975f1
 _GROUPS = 32, 64, 128
 
 @patch
@@ -48,8 +41,7 @@ def objection(self:GPTQFormat,
     if scheme.granularity == "group" and scheme.group_size not in _GROUPS:
         return (f"vLLM reads gptq with groups of 32, 64, 128 or -1, not {scheme.group_size}; "
                 "use format compressed_tensors")
-    if in_features % scheme.width(in_features):
-        return f"group_size {scheme.group_size} does not divide in_features {in_features}; use one that does, or -1"
+    if undivided := group_objection(scheme, in_features): return undivided
     step = 32 if scheme.bits == 4 else 4
     if out_features % step or in_features % step:
         return (f"vLLM needs multiples of {step} at {scheme.bits} bits, not [{out_features}, {in_features}]; "
@@ -98,15 +90,17 @@ def unpack(self:GPTQFormat,
     zeros = (unpack_bits(qzeros, scheme.bits, scales.shape[1]) + 1).T.contiguous()
     return QuantizedWeight(codes, scales.T.contiguous(), zeros, scheme)
 
-# %% ../../nbs/formats/gptq.ipynb #1d2eb559
+# %% ../../nbs/formats/gptq.ipynb #c59ab697
 @patch
 def quantization_config(self:GPTQFormat,
     scheme:QuantScheme,   # The grid of all quantized layers
     quantized:list[str],  # Full names of quantized modules
     ignored:list[str],    # Full names of Linear modules left in float
     method:str,           # The llmquant method that made the codes
+    overrides:Mapping[str, QuantScheme]=MappingProxyType({}), # Always empty: see `whole_objection`
 ) -> dict:                # For config.json
     "The section `quantization_config` in vLLM's words, and ours beside them."
+    if objection := self.whole_objection(dict.fromkeys((scheme, *overrides.values()))): raise UsageError(objection)
     return {"quant_method": "gptq", "bits": scheme.bits, "desc_act": False, "sym": True,
             "group_size": scheme.group_size if scheme.granularity == "group" else -1,
             "lm_head": "lm_head" in quantized, "checkpoint_format": "gptq",
