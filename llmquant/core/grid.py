@@ -38,20 +38,20 @@ def store_scale(
     smallest = torch.finfo(scheme.scale_dtype).tiny
     return torch.where(scale == 0, torch.ones_like(stored), stored.clamp(min=smallest))
 
-# %% ../../nbs/core/grid.ipynb #0cee6cdc
+# %% ../../nbs/core/grid.ipynb #9a818114
 def grid_of_range(
     low:Tensor,         # Smallest weight of each group, float32
     high:Tensor,        # Largest, same shape
     scheme:QuantScheme, # Width, symmetry and scale dtype
-) -> tuple[Tensor, Tensor]: # Scales in scale_dtype and zero points (uint8), same shape
+) -> tuple[Tensor, Tensor]: # Scales in scale_dtype and zero points (uint8, or float32 and not rounded), same shape
     "The grid that covers [low, high] and zero."
     if scheme.symmetric:
         scales = store_scale(torch.maximum(low.abs(), high.abs()) / scheme.symmetric_divisor, scheme)
         return scales, torch.full_like(scales, scheme.middle, dtype=torch.uint8)
     low, high = low.clamp(max=0), high.clamp(min=0)
     scales = store_scale((high - low) / scheme.qmax, scheme)
-    zeros = (-low / scales.float()).round_().clamp_(0, scheme.qmax)
-    return scales, zeros.to(torch.uint8)
+    zeros = -low / scales.float()
+    return scales, zeros if scheme.float_zeros else zeros.round_().clamp_(0, scheme.qmax).to(torch.uint8)
 
 # %% ../../nbs/core/grid.ipynb #cc0b2590
 def encode(

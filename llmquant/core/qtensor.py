@@ -16,9 +16,9 @@ from .errors import UsageError
 from .grid import decode, encode, fit_grid
 from .scheme import QuantScheme, dtype_name
 
-# %% ../../nbs/core/qtensor.ipynb #6416f825
+# %% ../../nbs/core/qtensor.ipynb #0521be79
 def digest(
-    *buffers, # Codes (uint8), scales (as stored), zeros (uint8): C order, little endian
+    *buffers, # Codes (uint8), scales (as stored), zeros (uint8 or float32): C order, little endian
 ) -> str:     # 64 hexadecimal digits
     "SHA-256 over the buffers, one after the other."
     sha = hashlib.sha256()
@@ -32,13 +32,13 @@ def raw_bytes(
     "The tensor's bytes in C order."
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
 
-# %% ../../nbs/core/qtensor.ipynb #a1384313
+# %% ../../nbs/core/qtensor.ipynb #8ab9a5eb
 @dataclass(frozen=True)
 class QuantizedWeight:
     "A weight as integer codes on a grid."
     codes: Tensor       # uint8 [out_features, in_features], unsigned: 0 to 2**bits - 1
     scales: Tensor      # [out_features, groups] in the scheme's scale_dtype
-    zeros: Tensor       # uint8 [out_features, groups]; the middle code everywhere when symmetric
+    zeros: Tensor       # [out_features, groups] uint8, all the middle code when symmetric; float32 for float zeros
     scheme: QuantScheme # What the codes mean
 
     def __post_init__(self):
@@ -46,7 +46,8 @@ class QuantizedWeight:
             raise UsageError(f"codes are {dtype_name(self.codes.dtype)} {list(self.codes.shape)}; "
                              "must be uint8 [out_features, in_features]")
         shape = self.codes.shape[0], self.scheme.groups(self.codes.shape[1])
-        for what, t, dtype in ("scales", self.scales, self.scheme.scale_dtype), ("zeros", self.zeros, torch.uint8):
+        zero_dtype = torch.float32 if self.scheme.float_zeros else torch.uint8
+        for what, t, dtype in ("scales", self.scales, self.scheme.scale_dtype), ("zeros", self.zeros, zero_dtype):
             if tuple(t.shape) != shape or t.dtype != dtype:
                 raise UsageError(f"{what} are {dtype_name(t.dtype)} {list(t.shape)}; "
                                  f"must be {dtype_name(dtype)} {list(shape)}")
@@ -54,13 +55,15 @@ class QuantizedWeight:
     def check_values(self):
         "`UsageError` when codes or zeros leave the grid or a scale is no positive number; shapes are checked when made."
         qmax, middle = self.scheme.qmax, self.scheme.middle
-        for what, t in ("codes", self.codes), ("zeros", self.zeros):
+        whole = [("codes", self.codes)] if self.scheme.float_zeros else [("codes", self.codes), ("zeros", self.zeros)]
+        for what, t in whole:
             if t.numel() and int(t.max()) > qmax:
                 raise UsageError(f"{what} go up to {int(t.max())}; {self.scheme.bits} bits hold 0 to {qmax}")
         if self.scheme.symmetric and not (self.zeros == middle).all():
             raise UsageError(f"zeros of a symmetric grid must all be {middle}")
         if not (torch.isfinite(self.scales) & (self.scales > 0)).all():
             raise UsageError("scales must be finite and positive")
+        if self.scheme.float_zeros and not torch.isfinite(self.zeros).all(): raise UsageError("zeros must be finite")
 
     def digest(self) -> str:
         "SHA-256 of codes, scales and zeros, as hexadecimal digits."

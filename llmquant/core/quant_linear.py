@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .packing import pack_bits, unpack_bits
 from .qtensor import QuantizedWeight
 
-# %% ../../nbs/core/quant_linear.ipynb #a9ddfb9e
+# %% ../../nbs/core/quant_linear.ipynb #58461c0b
 class QuantLinear(nn.Module):
     "A Linear with a quantized weight; y = x Ŵᵀ + bias."
     def __init__(self,
@@ -47,10 +47,10 @@ class QuantLinear(nn.Module):
         return nn.functional.linear(x, self.dequantize(x.dtype), self.bias)
 
     def _apply(self, function, recurse=True):
-        "Move between devices, but never cast the scales: the codes were made with them as they are."
-        scales = self.scales
+        "Move between devices, but never cast scales or zeros: the codes were made with them as they are."
+        scales, zeros = self.scales, self.zeros
         super()._apply(function, recurse)
-        self.scales = scales.to(self.scales.device)
+        self.scales, self.zeros = scales.to(self.scales.device), zeros.to(self.zeros.device)
         return self
 
     def extra_repr(self) -> str:
