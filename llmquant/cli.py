@@ -35,7 +35,7 @@ class _Parser(argparse.ArgumentParser):
             self.error(f"unknown argument {flag}{closest(flag, re.findall(r'--[a-z][a-z-]+', self.format_help()))}")
         return namespace
 
-# %% ../nbs/cli.ipynb #738e5797
+# %% ../nbs/cli.ipynb #6508576c
 def _add_recipe_flags(
     parser:argparse.ArgumentParser, # Gets the flags
 ):
@@ -47,7 +47,7 @@ def _add_recipe_flags(
             parser.add_argument(key.flag, action=argparse.BooleanOptionalAction, **shared)
         elif key.flag: parser.add_argument(key.flag, metavar=key.name.rpartition(".")[2].upper(), **shared)
     parser.add_argument("--config", metavar="YAML", help="recipe file; the command line overrides it")
-    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], dest="overrides",
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], dest="assignments",
                         help="any key of a recipe file, such as quantization.minmax.symmetric=true")
 
 # %% ../nbs/cli.ipynb #c4e3f500
@@ -60,8 +60,8 @@ def _typed(
     value = parse_yaml(text, key.flag)[0]
     return text if value is None else value
 
-# %% ../nbs/cli.ipynb #81cb6490
-def _overrides(
+# %% ../nbs/cli.ipynb #e87c85f8
+def _assignments(
     given:Sequence[str], # KEY=VALUE each
 ) -> dict[str, Any]:     # Dotted path to value
     "What `--set` says."
@@ -77,7 +77,7 @@ def _overrides(
         values[path] = value
     return values
 
-# %% ../nbs/cli.ipynb #7ef02773
+# %% ../nbs/cli.ipynb #b2b1e3f4
 def _recipe(
     arguments:argparse.Namespace, # With the recipe's flags
     needed:Sequence[str],         # Flags that must be there
@@ -89,12 +89,13 @@ def _recipe(
     from llmquant.utils.config import resolve
     values = {name: _typed(by_name[name], value) if isinstance(value, str) else value
               for name, value in given.items() if name in by_name}
-    overrides = _overrides(arguments.overrides)
-    for path in overrides.keys() & values.keys():
-        if overrides[path] != values[path]:
-            raise UsageError(f"{by_name[path].flag} and --set {path} contradict each other; keep one of them")
+    assigned = _assignments(arguments.assignments)
+    for path in assigned.keys() & values.keys():
+        key = by_name[path]
+        if key.check(assigned[path], f"--set {path}") != key.check(values[path], key.flag):
+            raise UsageError(f"{key.flag} and --set {path} contradict each other; keep one of them")
     if arguments.config == "": raise UsageError("--config is empty; give a YAML file")
-    return resolve(values | overrides, config_path=arguments.config)
+    return resolve(values | assigned, config_path=arguments.config)
 
 # %% ../nbs/cli.ipynb #cf7d684c
 def _quantize(arguments) -> str:

@@ -29,14 +29,14 @@ from .core.quantizer_registry import QuantizerRegistry
 from .core.scheme import dtype_name
 from .core.walk import LayerResult, cast
 
-# %% ../nbs/export.ipynb #eb75e5f5
+# %% ../nbs/export.ipynb #33421af4
 @dataclass
 class ExportSink:
     "Packs quantized weights by the plan's format and hands everything to the writer."
     plan: Plan            # Whose format is used
     writer: ExportWriter  # Where tensors go
 
-    def put(self, layer:LayerPlan, weight:QuantizedWeight):
+    def put(self, layer:LayerPlan, weight:QuantizedWeight, result:LayerResult):
         "Pack and write a quantized weight."
         for name, tensor in self.plan.format.pack(layer.name, weight).items(): self.writer.write(name, tensor)
 
@@ -78,7 +78,7 @@ def _by_reason(layers:Iterable[LayerPlan]) -> dict[str, list[str]]:
     for layer in layers: groups.setdefault(layer.reason, []).append(layer.name)
     return groups
 
-# %% ../nbs/export.ipynb #6bdf0638
+# %% ../nbs/export.ipynb #d962778b
 def make_report(
     plan:Plan,                    # What was done
     results:list[LayerResult],    # What each layer gave
@@ -87,7 +87,7 @@ def make_report(
 ) -> dict:
     "The report as plain values."
     layers = {r.layer.name: {"scheme": str(r.layer.scheme), "shape": [r.layer.out_features, r.layer.in_features],
-                             "relative_error": round(r.relative_error, 6)} for r in results}
+                             "relative_error": round(r.relative_error, 6), **r.notes} for r in results}
     return {"llmquant": __version__, **facts, "method": plan.method,
             "scheme": plan.scheme.to_dict() if plan.scheme else None,
             "format": {"name": plan.format.name if plan.format else None, "dtype": dtype_name(plan.dtype),
@@ -106,7 +106,7 @@ def to_yaml(report:dict) -> str:
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
     return yaml.dump(report, Dumper=dumper, sort_keys=False, allow_unicode=True, width=160)
 
-# %% ../nbs/export.ipynb #9ec55678
+# %% ../nbs/export.ipynb #3f38b418
 def write_export(
     plan:Plan,             # What to do; `check_servable` has passed
     adapter,               # Of this model
@@ -119,10 +119,11 @@ def write_export(
     verify:Callable[[Path], dict]|None=None, # Called with the finished folder; its result goes into the report's proof
     max_shard_bytes:int=5 * 10**9, overwrite:bool=False, # See `ExportWriter`
     protect:Iterable[Path]=(),          # Files and folders of the model, which the output must not replace
+    journal:dict|None=None, resume:bool=True, # See `ExportWriter`: who the run is, and whether to go on with an interrupted one
 ) -> dict:                 # The report
-    "Write an export; nothing is left behind when it cannot be finished."
+    "Write an export; nothing is left behind when it cannot be finished, but a run with a journal, which can be gone on with."
     start, cpu = time.perf_counter(), time.process_time()
-    with ExportWriter(Path(output), plan.layout, max_shard_bytes, overwrite, protect) as writer:
+    with ExportWriter(Path(output), plan.layout, max_shard_bytes, overwrite, protect, journal=journal, resume=resume) as writer:
         results = carry(ExportSink(plan, writer))
         writer.copy_side_files(list(side_files))
         exported = export_config(config, plan)
@@ -173,7 +174,7 @@ def plan_of_model(
                 nbytes({**source.tensors, **weights}))
     return plan, layers, source
 
-# %% ../nbs/export.ipynb #23460724
+# %% ../nbs/export.ipynb #99baf18c
 def hand_over(
     plan:Plan,                       # From `plan_of_model`
     layers:Mapping[str, QuantLinear],# By checkpoint name
@@ -185,8 +186,8 @@ def hand_over(
     results = []
     for layer in plan.quantized:
         weight = layers[layer.name].quantized_weight()
-        sink.put(layer, weight)
         results.append(LayerResult(layer, layers[layer.name].relative_error, weight.digest(), 0.0))
+        sink.put(layer, weight, results[-1])
     return results
 
 # %% ../nbs/export.ipynb #1cce5487

@@ -87,7 +87,7 @@ def find_groups(self:BlockWalk,
         self.groups[key] = [[name.removeprefix(where) for name in names] for names in found]
     return [[where + name if where + name in modules else name for name in names] for names in self.groups[key]]
 
-# %% ../../nbs/core/block_walk.ipynb #b33a261c
+# %% ../../nbs/core/block_walk.ipynb #8647c995
 @patch
 def measure(self:BlockWalk,
     index:int, block:nn.Module,      # The block
@@ -107,7 +107,9 @@ def measure(self:BlockWalk,
         with watching(leaders, see):
             out = self.run(index, block, self.stream, batch)
             if not apart and keep is not None: keep.put(batch, out)
-    for name, found in stats.items(): _check_measured(name, found.finish())
+    for name, found in stats.items():
+        if self.corrects and not apart: found.add_no_error(leaders[name].in_features)
+        _check_measured(name, found.finish())
     return stats
 
 # %% ../../nbs/core/block_walk.ipynb #6e19e5d7

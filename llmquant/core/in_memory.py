@@ -4,20 +4,25 @@
 
 # %% auto #0
 __all__ = ['MARKS', 'ModelSource', 'ModuleSink', 'replace_module_', 'refuse_save_pretrained', 'finish_', 'options_of',
-           'plan_model', 'quantize_model', 'own_grid', 'adopt', 'is_adopted']
+           'plan_model', 'calibration_for', 'calibrate_model', 'quantize_model', 'own_grid', 'adopt', 'is_adopted']
 
-# %% ../../nbs/core/in_memory.ipynb #1a11c2d7
+# %% ../../nbs/core/in_memory.ipynb #a2dbb3a7
 from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
+from .block_source import for_model
+from .decoder_walk import Storage, begin, climb
 from .errors import UsageError
 from .model_registry import ModelRegistry
+from .overrides import read_overrides
 from .plan import LayerPlan, Plan, make_plan
 from .qtensor import QuantizedWeight, round_to_grid
 from .quant_linear import QuantLinear
-from .walk import check_finite, quantize_layer, relative_error
+from .walk import LayerResult, check_finite, quantize_layer, relative_error
 
 # %% ../../nbs/core/in_memory.ipynb #3de44fae
 class ModelSource:
@@ -41,32 +46,46 @@ class ModelSource:
         "One tensor."
         return self.values[name].detach()
 
-# %% ../../nbs/core/in_memory.ipynb #47c36e2b
+# %% ../../nbs/core/in_memory.ipynb #ee97c6b4
 class ModuleSink:
     "Puts a `QuantLinear` where each planned Linear was."
     def __init__(self,
         model,     # Edited in place
         adapter,   # Knows where a checkpoint's module is in the model
         method:str,# The quantizer's name
-    ): self.model, self.adapter, self.method, self.replaced = model, adapter, method, []
+    ):
+        self.model, self.adapter, self.method = model, adapter, method
+        self.replaced, self.changed = [], []
 
     def put(self,
         layer:LayerPlan,        # Which Linear
         weight:QuantizedWeight, # Its quantized weight
-        relative_error:float,   # What the report will say of it
+        result:LayerResult,     # What the report will say of it
     ):
         "Replace the module; the new one remembers its name in the checkpoint and its error."
         old = self.adapter.get_layer_by_name(self.model, layer.name)
         new = QuantLinear(weight, None if old.bias is None else old.bias.data, self.method).to(old.weight.device)
-        new.checkpoint_name, new.relative_error = layer.name, relative_error
+        new.checkpoint_name, new.relative_error = layer.name, result.relative_error
         replace_module_(self.model, old, new)
         self.replaced.append((old, new))
+
+    def keep(self,
+        name:str,      # Checkpoint name of a parameter that a method edited
+        tensor:Tensor, # Its new value, rounded to the export's dtype
+    ):
+        "Exchange a parameter that stays in float; its dtype is the model's."
+        where, _, kind = name.rpartition(".")
+        module = self.adapter.get_layer_by_name(self.model, where)
+        old = module._parameters[kind]
+        module._parameters[kind] = nn.Parameter(tensor.to(old), requires_grad=False)
+        self.changed.append((module, kind, old))
 
     def __enter__(self): return self
 
     def __exit__(self, kind, error, trace):
         "A run that fails leaves the model as it was."
         for old, new in reversed(self.replaced if kind else []): replace_module_(self.model, new, old)
+        for module, name, old in reversed(self.changed if kind else []): module._parameters[name] = old
 
 # %% ../../nbs/core/in_memory.ipynb #658080f3
 def replace_module_(
@@ -99,22 +118,24 @@ def finish_(
         model.save_pretrained = refuse_save_pretrained
     return model
 
-# %% ../../nbs/core/in_memory.ipynb #9b325fcb
+# %% ../../nbs/core/in_memory.ipynb #da30e1ec
 def options_of(
     config:Mapping|None, # The call's `config`
     method:str,          # The quantizer's name
     **call,              # The call's other arguments, by their YAML names
-) -> tuple[dict, dict]:  # The method's options, and the `model` section
+) -> tuple[dict, dict]:  # The method's options, and the sections model, calibration and overrides
     "The method's options out of a YAML document or a plain dictionary."
     if not isinstance(config, Mapping | None):
         raise UsageError(f"config is {type(config).__name__}; give a dictionary (YAML files are for the command line)")
     config = dict(config or {})
-    for key in "quantization", "model":
+    for key in "quantization", "model", "calibration":
         if not isinstance(config.get(key), Mapping | None):
             raise UsageError(f"config[{key!r}] is {type(config[key]).__name__}; it must be a dictionary")
-    model = dict(config.get("model") or {})
-    if "quantization" not in config: return {k: v for k, v in config.items() if k != "model"}, model
+    sections = {key: dict(config.get(key) or {}) for key in ("model", "calibration")} | {"overrides": ()}
+    if "quantization" not in config: return {k: v for k, v in config.items() if k not in sections}, sections
     section = dict(config["quantization"] or {})
+    if (overrides := section.pop("overrides", None)) is not None:
+        sections["overrides"] = read_overrides(overrides, "quantization.overrides")
     if section.get("method", method) != method:
         raise UsageError(f"config is for method {section['method']!r}, and this is {method!r}; make them agree")
     for key, value in call.items():
@@ -123,15 +144,16 @@ def options_of(
     section = {k: v for k, v in section.items() if k not in (*call, "method", "outlier_suppression", "layer_wise")}
     own = section.pop(method, None)
     own = {} if own in (None, "pass") else own
-    return {**{k: v for k, v in section.items() if not isinstance(v, Mapping) and v != "pass"}, **own}, model
+    return {**{k: v for k, v in section.items() if not isinstance(v, Mapping) and v != "pass"}, **own}, sections
 
-# %% ../../nbs/core/in_memory.ipynb #00877337
+# %% ../../nbs/core/in_memory.ipynb #16709ac8
 def plan_model(
     quantizer,                  # A configured quantizer
     model,                      # A transformers model
     bits:int, group_size:int,   # The grid
     target_layers:Iterable[int]|None=None, # Decoder layers; None for all
     torch_dtype:str="auto",     # See `export_dtype`
+    overrides:Iterable=(),      # Per-layer exceptions, see the Plan page
 ) -> tuple[Plan, Any, ModelSource]: # The plan, the adapter, the source
     "What would be done to a model in memory."
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
@@ -144,10 +166,44 @@ def plan_model(
     adapter = ModelRegistry.for_config(model.config.to_dict())
     source = ModelSource(model, adapter)
     plan = make_plan(adapter, source.config, source.tensors, source.dtype, quantizer, bits, group_size, target_layers,
-                     torch_dtype=torch_dtype)
+                     torch_dtype=torch_dtype, overrides=overrides)
     return plan, adapter, source
 
-# %% ../../nbs/core/in_memory.ipynb #4df7ec6f
+# %% ../../nbs/core/in_memory.ipynb #4ba43dbe
+def calibration_for(
+    model,                 # A transformers model
+    data:Any,              # What the call was given, see `as_calibration`
+    section:Mapping,       # The call's `calibration` section
+    name:str,              # The method's, for the message
+):                         # `CalibrationData`
+    "The tokens to measure with."
+    from llmquant.calibration.data import as_calibration, load_calibration
+    if data is not None: return as_calibration(data)
+    folder, text = Path(getattr(model, "name_or_path", "") or ""), model.config.get_text_config()
+    if not str(folder) or not folder.is_dir():
+        raise UsageError(f"{name} measures activations and the model does not say which folder its tokenizer is in; give "
+                         "calibration_data=load_calibration(None, folder, ...) of llmquant.calibration.data")
+    return load_calibration(section.get("dataset"), folder, text.vocab_size, section.get("num_samples", 100), section.get("max_length", 2048),
+                            section.get("seed", 0), section.get("column"))
+
+# %% ../../nbs/core/in_memory.ipynb #27a0bc06
+def calibrate_model(
+    quantizer,        # Configured
+    model,            # A transformers model
+    adapter,          # Of its family
+    plan:Plan,        # What to do
+    data:Any,         # See `calibration_for`
+    section:Mapping,  # The call's `calibration` section
+    sink:ModuleSink,  # Takes the results
+):
+    "Walk up a model's blocks."
+    found = calibration_for(model, data, section, quantizer.name)
+    dtype = torch.float32 if model.device.type == "cpu" else model.dtype
+    storage = Storage(model.dtype, str(model.device))
+    walk = begin(plan, quantizer, for_model(model, adapter, dtype), found.tokens, section.get("batch_size", 1), storage)
+    climb(walk, sink, None, partial(adapter.smoothing_pairs, model.config.to_dict()))
+
+# %% ../../nbs/core/in_memory.ipynb #90aaa793
 @torch.no_grad()
 def quantize_model(
     quantizer,                  # A quantizer
@@ -161,17 +217,19 @@ def quantize_model(
     "Replace every planned Linear by a `QuantLinear` and set `model.config.quantization_config`."
     if calibration_data is not None and quantizer.data_free:
         raise UsageError(f"{quantizer.name} needs no calibration data; leave calibration_data out")
-    options, section = options_of(config, quantizer.name, bits=bits, group_size=group_size)
+    options, sections = options_of(config, quantizer.name, bits=bits, group_size=group_size)
     if options or not quantizer.settings: quantizer.configure(options)
-    torch_dtype = section.get("torch_dtype", "auto")
-    plan, adapter, source = plan_model(quantizer, model, bits, group_size, target_layers, torch_dtype)
+    torch_dtype = sections["model"].get("torch_dtype", "auto")
+    plan, adapter, source = plan_model(quantizer, model, bits, group_size, target_layers, torch_dtype, sections["overrides"])
     with ModuleSink(model, adapter, quantizer.name) as sink:
-        for layer in plan.quantized:
-            quantized, result = quantize_layer(quantizer, layer, source.tensor(f"{layer.name}.weight"), None)
-            sink.put(layer, quantized, result.relative_error)
+        if quantizer.needed_statistics(): calibrate_model(quantizer, model, adapter, plan, calibration_data, sections["calibration"], sink)
+        else:
+            for layer in plan.quantized:
+                quantized, result = quantize_layer(quantizer, layer, source.tensor(f"{layer.name}.weight"), None)
+                sink.put(layer, quantized, result)
     return finish_(model, plan)
 
-# %% ../../nbs/core/in_memory.ipynb #52bef6b9
+# %% ../../nbs/core/in_memory.ipynb #53cee7fc
 MARKS = ("qweight", "scales", "zeros", "bits", "group_size", "quantization_method")
 
 def own_grid(
@@ -188,7 +246,7 @@ def own_grid(
                          f"for {layer.scheme.bits} bits")
     return scales.to(layer.scheme.scale_dtype), zeros.to(torch.uint8)
 
-# %% ../../nbs/core/in_memory.ipynb #ff782bdb
+# %% ../../nbs/core/in_memory.ipynb #8eb0e47f
 @torch.no_grad()
 def adopt(
     quantizer,                # The quantizer that ran
@@ -207,13 +265,13 @@ def adopt(
         check_finite(f"{layer.name}.weight", weight)
         grid = own_grid(adapter.get_layer_by_name(model, layer.name), layer)
         quantized = round_to_grid(weight, layer.scheme, grid)
-        sink.put(layer, quantized, relative_error(weight, quantized))
+        sink.put(layer, quantized, LayerResult(layer, relative_error(weight, quantized), quantized.digest(), 0.0))
     for module in model.modules():
         if not isinstance(module, QuantLinear):
             for mark in MARKS: module.__dict__.pop(mark, None)
     return finish_(model, plan)
 
-# %% ../../nbs/core/in_memory.ipynb #6644f1cf
+# %% ../../nbs/core/in_memory.ipynb #1915cb5f
 def is_adopted(
     model, # A model after some `quantize`
 ) -> bool: # Whether its codes are real

@@ -60,7 +60,16 @@ def _accumulate(total:Tensor|None, left:Tensor, right:Tensor) -> Tensor:
     "total + leftᵀ right, in place where there is something to add to."
     return left.T @ right if total is None else total.addmm_(left.T, right)
 
-# %% ../../nbs/core/statistics.ipynb #8dd6717d
+# %% ../../nbs/core/statistics.ipynb #96158c14
+@patch
+def add_no_error(self:LayerStats,
+    in_features:int, # The Linear's
+):
+    "The cross term where nothing before the layer has changed."
+    home = None if self.hessian is None else self.hessian.device
+    if self.tokens: self.cross = torch.zeros(in_features, in_features, device=home)
+
+# %% ../../nbs/core/statistics.ipynb #34805a20
 @patch
 def finish(self:LayerStats) -> LayerStats:
     "Turn sums into means over the tokens."
@@ -68,14 +77,14 @@ def finish(self:LayerStats) -> LayerStats:
         if total is not None: total /= max(self.tokens, 1)
     return self
 
-# %% ../../nbs/core/statistics.ipynb #e6cb6460
+# %% ../../nbs/core/statistics.ipynb #aaf79b9d
 @patch
 def copy(self:LayerStats) -> LayerStats: # The notes are the copy's own
     "The same statistics in tensors of their own."
     own = lambda t: None if t is None else t.clone()
     return LayerStats(self.tokens, own(self.hessian), own(self.cross), own(self.maxima), own(self.means), dict(self.notes))
 
-# %% ../../nbs/core/statistics.ipynb #e9eaedf7
+# %% ../../nbs/core/statistics.ipynb #7014230e
 @patch
 def scaled(self:LayerStats,
     s:Tensor, # [in_features], positive: the input becomes x / s

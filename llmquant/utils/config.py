@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['Recipe', 'recipe_to_dict', 'resolve']
 
-# %% ../../nbs/utils/config.ipynb #b0022945
+# %% ../../nbs/utils/config.ipynb #c930fd97
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from ..core.errors import UsageError
 from ..core.options import Option, parse_options
+from ..core.overrides import Override
 from ..core.quantizer_registry import QuantizerRegistry
 from .recipe_keys import BY_NAME, BY_PATH, KEYS
 from .settings import Setting, argument_settings, document_settings, unknown_key
@@ -82,7 +83,7 @@ def _where(
     "How the user gave a key; a default is called by its path."
     return won[name].where if name in won else BY_NAME[name].path or name
 
-# %% ../../nbs/utils/config.ipynb #fb433cc6
+# %% ../../nbs/utils/config.ipynb #60d2e4aa
 def _check_method(
     values:Mapping[str, Any],  # The recipe's values
     won:Mapping[str, Setting], # Which settings won
@@ -94,9 +95,14 @@ def _check_method(
     if bits not in supported:
         raise UsageError(f"{_where(won, 'bits')}: {method} does not support {bits} bits; "
                          f"use one of {', '.join(map(str, supported))} (16 leaves the weights as they are)")
-    if values["calibration.dataset"] is not None and quantizer.data_free:
-        remove = won["calibration.dataset"].where.rpartition(" ")[2]
-        raise UsageError(f"{_where(won, 'calibration.dataset')}: {method} needs no calibration data; remove {remove}")
+    for i, override in enumerate(values["overrides"]):
+        if override.bits not in (None, *supported):
+            raise UsageError(f"{_where(won, 'overrides')}[{i}].bits: {method} does not support {override.bits} bits; "
+                             f"use one of {', '.join(map(str, supported))} (16 leaves the weights as they are)")
+    for name in "calibration.dataset", "calibration.column", "calibration.seed":
+        if values[name] is not None and quantizer.data_free:
+            remove = won[name].where.rpartition(" ")[2]
+            raise UsageError(f"{_where(won, name)}: {method} needs no calibration data; remove {remove}")
 
 # %% ../../nbs/utils/config.ipynb #e49c3f41
 def _imply_layer_wise(
@@ -153,7 +159,7 @@ def _check_paths(
     if model.is_relative_to(output):
         raise UsageError(f"output_path {output} holds the model itself; choose a folder beside it")
 
-# %% ../../nbs/utils/config.ipynb #f35937f5
+# %% ../../nbs/utils/config.ipynb #f8dbb73d
 @dataclass(frozen=True)
 class Recipe:
     "Everything a run was told, checked; `resolve` makes it."
@@ -165,12 +171,14 @@ class Recipe:
     group_size: int                       # -1 one scale per channel, 0 no groups, else columns per group
     layer_wise: bool                      # Only the decoder layers in `layers`, all when None
     layers: tuple[int, ...]|None          # Decoder layers, sorted
+    overrides: tuple[Override, ...]       # Layers on another grid or in float, in order
     outlier_suppression: tuple[str, ...]  # Registered suppressors, in order
     seed: int                             # Of everything random
     trust_remote_code: bool               # Run code from the checkpoint
     device_map: str                       # auto, cpu, cuda or cuda:N
     torch_dtype: str                      # auto, float16, bfloat16 or float32
-    calibration: dict[str, Any]           # dataset, num_samples, batch_size, max_length
+    max_memory: int|None                  # Bytes that a run may use
+    calibration: dict[str, Any]           # dataset, column, num_samples, batch_size, max_length, seed
     save_format: str                      # safetensors
     save_quantization_config: bool        # True
     format: str                           # auto or a registered format
@@ -178,18 +186,21 @@ class Recipe:
     max_shard_size: int                   # Bytes
     verify: bool                          # Prove the export
     overwrite: bool                       # Replace an output that exists
+    resume: bool                          # Go on with a run that was stopped
     options: dict[str, Any]               # The method's options, all of them
     origins: dict[str, str]               # For each key (options.NAME for an option): where its value came from
 
-# %% ../../nbs/utils/config.ipynb #f45349d0
+# %% ../../nbs/utils/config.ipynb #53236ee5
 def recipe_to_dict(
     recipe:Recipe,             # A recipe
 ) -> dict[str, dict[str, Any]]: # {key: {"value": plain YAML value, "from": origin}}
     "A recipe for the report: every value and where it came from."
+    def plain(found):
+        if isinstance(found, Override): return found.to_dict()
+        return [plain(item) for item in found] if isinstance(found, tuple) else found
     def value(key):
         head, _, tail = key.partition(".")
-        found = getattr(recipe, head)[tail] if tail else getattr(recipe, head)
-        return list(found) if isinstance(found, tuple) else found
+        return plain(getattr(recipe, head)[tail] if tail else getattr(recipe, head))
     return {key: {"value": value(key), "from": origin} for key, origin in recipe.origins.items()}
 
 # %% ../../nbs/utils/config.ipynb #aa97f50d

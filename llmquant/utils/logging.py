@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['setup_logging', 'progress']
 
-# %% ../../nbs/utils/logging.ipynb #6ecac2b5
+# %% ../../nbs/utils/logging.ipynb #70942437
 import logging, sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from tqdm import tqdm
 
 # %% ../../nbs/utils/logging.ipynb #25e87fd1
@@ -29,14 +29,22 @@ def setup_logging(
     root.setLevel(logging.INFO if verbose else logging.WARNING)
     logging.getLogger("llmquant").setLevel(logging.DEBUG if verbose else logging.INFO)
 
-# %% ../../nbs/utils/logging.ipynb #23f8f49d
+# %% ../../nbs/utils/logging.ipynb #2338be57
 def progress(
     iterable:Iterable,     # What is gone through
     total:int|None=None,   # How many items, if `iterable` does not know its length
     description:str="",    # What is done to each, such as "quantizing"
     unit:str="layer",      # What an item is, for the rate
+    state:Callable[[], str]|None=None, # What to say behind the bar, asked for whenever an item is done
 ) -> Iterator:             # The same items
     "Go through `iterable` with a progress bar on stderr, or in silence when nobody watches."
     watched = sys.stderr.isatty() and logging.getLogger("llmquant").isEnabledFor(logging.INFO)
-    return iter(tqdm(iterable, total=total, desc=description, file=sys.stderr, disable=not watched,
-                     unit=unit, dynamic_ncols=True, smoothing=0.1))
+    bar = tqdm(iterable, total=total, desc=description, file=sys.stderr, disable=not watched,
+               unit=unit, dynamic_ncols=True, smoothing=0.1)
+    return iter(bar) if state is None else _with_state(bar, state)
+
+def _with_state(bar:tqdm, state:Callable[[], str]) -> Iterator:
+    "The bar's items; after each one its words are asked for again."
+    for item in bar:
+        yield item
+        bar.set_postfix_str(state())

@@ -71,7 +71,17 @@ def document_settings(
             else: found.append(Setting(path, value, where(path), origin))
     return found
 
-# %% ../../nbs/utils/settings.ipynb #78445a75
+# %% ../../nbs/utils/settings.ipynb #98cc5c59
+def _agree(
+    one:Setting,   # Of a path
+    other:Setting, # Of the same
+) -> bool:         # `0,1` and [0, 1] are the same layers
+    "Whether two settings say the same once they are read."
+    key = BY_PATH.get(one.path) or BY_NAME.get(one.path)
+    if one.value == other.value or key is None: return one.value == other.value
+    return key.check(one.value, one.where) == key.check(other.value, other.where)
+
+# %% ../../nbs/utils/settings.ipynb #e4149bcb
 def argument_settings(
     given:Mapping[str, Any],  # Names or dotted paths, to values
     origin:str,               # "command line", or what Python callers are called
@@ -87,7 +97,8 @@ def argument_settings(
         alone = [Setting(path, value, "", origin)]
         for s in alone if path in BY_NAME else document_settings(document, origin, {}, prefix=prefix):
             where = (key.flag or s.path if key else f"--set {s.path}") if flags else s.path
-            if found.get(s.path, s).value != s.value:
+            setting = Setting(s.path, s.value, where, origin, s.method)
+            if not _agree(found.get(s.path, setting), setting):
                 raise UsageError(f"{found[s.path].where} and {where} contradict each other; keep one of them")
-            found[s.path] = Setting(s.path, s.value, where, origin, s.method)
+            found[s.path] = setting
     return list(found.values())

@@ -27,7 +27,7 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(_INT, _DIGITS, list("-+0123456789"))
 _Loader.add_implicit_resolver(_FLOAT, _POINT, list("-+.0123456789"))
 
-# %% ../../nbs/utils/yaml_file.ipynb #db62eb9f
+# %% ../../nbs/utils/yaml_file.ipynb #b069aba0
 def _lines(
     node:yaml.Node,   # A node of the parsed tree
     path:str="",      # The dotted path that leads to it
@@ -36,7 +36,10 @@ def _lines(
     lines, mappings = {}, [(node, path, ())]
     while mappings:
         node, path, above = mappings.pop()
-        if not isinstance(node, yaml.MappingNode) or node in above: continue
+        if node in above: continue
+        if isinstance(node, yaml.SequenceNode):
+            mappings += [(item, f"{path}[{i}]", (*above, node)) for i, item in enumerate(node.value)]
+        if not isinstance(node, yaml.MappingNode): continue
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode) or key.tag.rpartition(":")[2] not in ("str", "merge"):
                 what = repr(key.value) if isinstance(key, yaml.ScalarNode) else f"(a {key.id})"
