@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['register_quantizers', 'register_model_adapters', 'register_outlier_suppressors', 'register_formats']
 
-# %% ../nbs/registry_init.ipynb #2b2cc3ce
+# %% ../nbs/registry_init.ipynb #4c5eb5e5
 from .core.format_registry import FormatRegistry
 from .core.model_registry import ModelRegistry
 from .core.quantizer_registry import QuantizerRegistry
@@ -16,13 +16,15 @@ from .models.base_adapter import BaseHuggingFaceAdapter
 from .models.deepseek_adapter import DeepSeekAdapter
 from .models.llama_adapter import LlamaAdapter
 from .models.qwen_adapter import QwenAdapter
+from .quantizers.awq_quantizer import AWQQuantizer
 from .quantizers.gptq_quantizer import GPTQQuantizer
 from .quantizers.minmax_quantizer import MinMaxQuantizer
 
-# %% ../nbs/registry_init.ipynb #8b88f9e4
+# %% ../nbs/registry_init.ipynb #f0bac8ca
 def register_quantizers():
     "Quantization methods."
     QuantizerRegistry.register("minmax", MinMaxQuantizer)
+    QuantizerRegistry.register("awq", AWQQuantizer)
     QuantizerRegistry.register("gptq", GPTQQuantizer)
 
 # %% ../nbs/registry_init.ipynb #7d4658b8
