@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['Override', 'read_overrides', 'speaking', 'overridden_scheme', 'check_used']
 
-# %% ../../nbs/core/overrides.ipynb #a0645901
+# %% ../../nbs/core/overrides.ipynb #21e19e22
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 from .errors import UsageError, closest
 from .options import SYMMETRIC, Option, parse_options
-from .scheme import QuantScheme
 
 # %% ../../nbs/core/overrides.ipynb #303f3555
 @dataclass(frozen=True)
@@ -83,14 +82,14 @@ def speaking(
     "The entry that decides about a layer."
     return next((i for i in reversed(range(len(overrides))) if overrides[i].matches(name)), None)
 
-# %% ../../nbs/core/overrides.ipynb #2cf7f7c8
+# %% ../../nbs/core/overrides.ipynb #60245b37
 def overridden_scheme(
     override:Override,  # One that does not leave its layers in float
     quantizer,          # A configured quantizer
-    main:QuantScheme,   # The recipe's grid
+    main,               # The recipe's grid, a `QuantScheme`
     bits:int, group_size:int, # The recipe's
     where:str,          # Such as quantization.overrides[2], for messages
-) -> QuantScheme:       # The grid of its layers
+):                      # The grid of its layers, a `QuantScheme`
     "The recipe's grid with what an override says."
     bits = bits if override.bits is None else override.bits
     group_size = group_size if override.group_size is None else override.group_size
