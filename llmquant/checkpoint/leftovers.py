@@ -86,7 +86,7 @@ def counted(
     "How much is done, in words."
     return f"{len(journal.blocks)} finished block{'s' if len(journal.blocks) > 1 else ''}"
 
-# %% ../../nbs/checkpoint/leftovers.ipynb #71900b80
+# %% ../../nbs/checkpoint/leftovers.ipynb #be2788f0
 def settle(
     output:Path, # the final folder, absolute
     identity:dict|None=None, # what is asked, for a run that keeps a journal
@@ -102,10 +102,12 @@ def settle(
                 continue
             journal = claim(output, folder)
             claimed.callback(journal.close)
-            if not resume or found or not journal.load().blocks: remove(folder)
+            if not resume or found or not journal.load().blocks:
+                remove(folder)
+                journal.close()
             else:
                 refuse_other(journal, identity)
                 found = journal
-        if found: claimed.pop_all()
+        claimed.pop_all()
     if found: logger.info("%s: goes on after %s", found.partial, counted(found))
     return found
