@@ -206,7 +206,16 @@ def _print(
         return 1
     return 0
 
-# %% ../nbs/cli.ipynb #111cddc1
+# %% ../nbs/cli.ipynb #e04a01b9
+def _complain(
+    text:str,            # What happened
+    error:BaseException, # Its notes are told as well
+):
+    "One line on stderr."
+    line = "; ".join([text, *getattr(error, "__notes__", ())])
+    sys.stderr.write("llmquant: " + line.replace("\n", " ").rstrip() + "\n")
+
+# %% ../nbs/cli.ipynb #8311a440
 def main(
     arguments:Sequence[str]|None=None, # As a shell gives them; the process's own when None
 ) -> int:                              # The exit status
@@ -219,8 +228,8 @@ def main(
             return _print(text)
         except SystemExit as stop: return _print("") or stop.code # argparse has shown --help or --version
         except LLMQuantError as error:
-            sys.stderr.write(f"llmquant: error: {error}\n".replace("\n", " ").rstrip() + "\n")
+            _complain(f"error: {error}", error)
             return error.exit_status
         except KeyboardInterrupt as stop:
-            sys.stderr.write("llmquant: stopped\n")
+            _complain("stopped", stop)
             return 128 + (stop.args[0] if stop.args else signal.SIGINT)
