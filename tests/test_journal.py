@@ -1,0 +1,356 @@
+"""Runs that are killed, stopped or starved of disk go on, and end with the bytes of a run that was not."""
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmquant.checkpoint.journal import Journal
+from llmquant.checkpoint.writer import ExportWriter
+from llmquant.core.errors import LLMQuantError, UsageError
+
+BLOCKS, IDENTITY = 4, {"method": "gptq", "bits": 4, "calibration": {"fingerprint": "e3b0", "num_samples": 8}}
+LAYOUT = {"embed.weight": (torch.float16, (6, 4)), "norm.weight": (torch.bfloat16, (5,))}
+for number in range(BLOCKS):
+    LAYOUT |= {f"layers.{number}.codes": (torch.int32, (7, 3)), f"layers.{number}.scales": (torch.float16, (7,))}
+
+
+def noise(seed, shape): return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def export(output, stop=lambda block: None, started=None, journal=IDENTITY, **options):
+    "Each block follows from the state that the one before left; the report holds every block's results."
+    with ExportWriter(output, LAYOUT, 150, journal=journal, **options) as writer:
+        done = len(writer.journal.done)
+        if started: started.write_text(str(done))
+        for name in ("embed.weight", "norm.weight"): writer.write(name, noise(99, LAYOUT[name][1]).to(LAYOUT[name][0]))
+        hidden = writer.journal.load_state()["hidden"] if done else noise(98, (7, 3)).to(torch.bfloat16)
+        for block in range(done, BLOCKS):
+            hidden = (hidden * 1.7 + noise(block, (7, 3))).to(torch.bfloat16)
+            stop(block)
+            writer.write(f"layers.{block}.codes", hidden.view(torch.int16).to(torch.int32))
+            writer.write(f"layers.{block}.scales", hidden.abs().amax(1).to(torch.float16))
+            writer.finish_block(block, {"error": float(hidden.norm())}, {"hidden": hidden})
+        (writer.folder / "extra").mkdir()
+        writer.write_json("extra/report.json", writer.journal.done)
+        writer.finish()
+        stop(BLOCKS)
+        writer.publish()
+
+
+def content(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def left(folder): return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    "What an uninterrupted run writes."
+    folder = tmp_path_factory.mktemp("reference") / "out"
+    export(folder)
+    files = content(folder)
+    assert len([name for name in files if name.endswith(".safetensors")]) > 2
+    assert set(files) - {name for name in files if name.endswith(".safetensors")} == {
+        "model.safetensors.index.json", "extra/report.json"}
+    assert len(json.loads(files["extra/report.json"])) == BLOCKS
+    return files
+
+
+def fork(work):
+    "Run something in a process of its own, which is there in milliseconds."
+    child = os.fork()
+    if child: return child
+    try: work()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def ended(child): return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def finished_blocks(folder):
+    "Whole lines of the journals on the disk, wherever they are at the moment."
+    journals = [*folder.glob("out.partial-*/journal/blocks.jsonl"), *folder.glob("out.journal-*/blocks.jsonl")]
+    assert len(journals) <= 1
+    return journals[0].read_bytes().count(b"\n") if journals else 0
+
+
+def goes_on(folder, reference):
+    "The same command after a kill: starts where the journal ends, and gives the reference's bytes."
+    if not (folder / "out").exists():
+        done = finished_blocks(folder)
+        export(folder / "out", started=folder / "started")
+        assert int((folder / "started").read_text()) == done
+        assert left(folder) == ["out", "started"]
+    assert content(folder / "out") == reference
+    return (folder / "started").exists() and int((folder / "started").read_text())
+
+
+def kill_at(count, half):
+    "Let this process die at its `count`-th change of the disk, before it or halfway through a write."
+    calls = iter(range(count))
+    def lethal(function):
+        def call(*args, **options):
+            if next(calls, None) is None:
+                if half: pwrite(args[0], args[1][:len(args[1]) // 2], args[2])
+                os.kill(os.getpid(), signal.SIGKILL)
+            return None if function is fsync else function(*args, **options)
+        return call
+    pwrite, fsync = os.pwrite, os.fsync
+    for name in ("pwrite",) if half else ("pwrite", "fsync", "rename", "truncate", "unlink", "mkdir", "rmdir"):
+        setattr(os, name, lethal(getattr(os, name)))
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["before", "within"])
+def test_killed_at_every_change_of_the_disk(tmp_path, reference, half, monkeypatch):
+    "Not at random moments but at all of them: between any two changes of the disk, and halfway through each write."
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # kill -9 takes nothing from the system's buffers
+    started = set()
+    for count in range(1000):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        def work():
+            kill_at(count, half)
+            export(folder / "out")
+        status = ended(fork(work))
+        assert status in (0, -signal.SIGKILL)
+        started.add(goes_on(folder, reference))
+        if status == 0: break
+    print(f"killed at {count} moments")
+    assert count >= (17 if half else 60) and {*range(BLOCKS + (not half))} <= started
+
+
+def test_killed_at_random_moments(tmp_path, reference):
+    "20 kills whenever the clock says, each followed by the same command."
+    moments, start = random.Random(0), time.perf_counter()
+    assert ended(fork(lambda: export(tmp_path / "whole/out"))) == 0
+    lasts, killed = time.perf_counter() - start, 0
+    for number in range(200):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        child = fork(lambda: export(folder / "out"))
+        time.sleep(moments.uniform(0, lasts))
+        os.kill(child, signal.SIGKILL)
+        killed += ended(child) == -signal.SIGKILL
+        goes_on(folder, reference)
+        if killed == 20: break
+    assert killed == 20
+
+
+def test_killed_again_and_again(tmp_path, reference):
+    "A run that never gets further than one more block still comes to its end."
+    for kills in range(20):
+        def work():
+            start = finished_blocks(tmp_path)
+            export(tmp_path / "out", stop=lambda block: block == start + 1 and os.kill(os.getpid(), signal.SIGKILL))
+        if ended(fork(work)) == 0: break
+    assert kills == BLOCKS
+    assert content(tmp_path / "out") == reference and left(tmp_path) == ["out"]
+
+
+def raising(error, at):
+    def stop(block):
+        if block == at: raise error
+    return stop
+
+
+def interrupted(folder, at=2, error=None, **options):
+    "An unfinished run in `folder`, with `at` finished blocks; its partial folder."
+    with pytest.raises(BaseException) as caught: export(folder / "out", raising(error or KeyboardInterrupt(2), at), **options)
+    return next(folder.glob("out.partial-*"), None), caught.value
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(15), UsageError("block 2: NaN"), ZeroDivisionError(), MemoryError(),
+                                   OSError(errno.EIO, "broken"), SystemExit(3), LLMQuantError("x")],
+                         ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("at", [0, 2, BLOCKS])
+def test_whatever_ends_it(tmp_path, reference, error, at):
+    "With finished blocks the folder stays and the error says so; without, nothing is left."
+    error = type(error)(*error.args)
+    partial, caught = interrupted(tmp_path, at, error)
+    assert caught is error
+    if at == 0: assert left(tmp_path) == [] and not hasattr(error, "__notes__")
+    else:
+        note, = error.__notes__
+        assert str(partial) in note and f"{at} finished blocks" in note and "the same command goes on" in note
+    export(tmp_path / "out")
+    assert content(tmp_path / "out") == reference and left(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("torn", [b'{"block": 2, "res', b"\0\0\0", b"\xff{", b'{"block": 2, "results": {}, "tensors": []}'])
+def test_torn_line(tmp_path, reference, torn):
+    partial, _ = interrupted(tmp_path)
+    with open(partial / "journal/blocks.jsonl", "ab") as file: file.write(torn)
+    (partial / "journal/state-2.safetensors").write_bytes(b"newer than the last line")
+    export(tmp_path / "out", started=tmp_path / "started")
+    assert content(tmp_path / "out") == reference and (tmp_path / "started").read_text() == "2"
+
+
+OTHERS = [({"bits": 3}, "bits: 4 there, 3 here"), ({"method": "awq"}, 'method: "gptq" there, "awq" here'),
+          ({"calibration": {"fingerprint": "77", "num_samples": 8}}, 'calibration.fingerprint: "e3b0" there, "77" here'),
+          ({"damp": 0.1}, "damp: nothing there, 0.1 here")]
+
+
+@pytest.mark.parametrize(("change", "said"), OTHERS)
+def test_another_identity_is_refused(tmp_path, change, said):
+    partial, _ = interrupted(tmp_path)
+    before = content(partial)
+    with pytest.raises(UsageError) as caught: export(tmp_path / "out", journal=IDENTITY | change)
+    for part in (str(partial), f"({said})", "2 finished blocks", "--no-resume", "old command"):
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value) and not hasattr(caught.value, "__notes__")
+    assert content(partial) == before
+    export(tmp_path / "out", journal=IDENTITY | change, resume=False, started=tmp_path / "started")
+    assert (tmp_path / "started").read_text() == "0" and left(tmp_path) == ["out", "started"]
+
+
+@pytest.mark.parametrize("journal", [IDENTITY, None])
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_living_run_is_left_alone(tmp_path, reference, journal, resume, at):
+    "Two runs at once to the same output: the second is refused, whatever it is; the first never notices."
+    ready, go = os.pipe(), os.pipe()
+    def wait(block):
+        if block == at:
+            os.write(ready[1], b"x")
+            os.read(go[0], 1)
+    child = fork(lambda: export(tmp_path / "out", wait))
+    os.read(ready[0], 1)
+    before = content(tmp_path)
+    with pytest.raises(UsageError, match="another run is writing it, in .*out.partial-[0-9]+;"):
+        ExportWriter(tmp_path / "out", LAYOUT, 150, journal=journal, resume=resume, overwrite=True)
+    assert content(tmp_path) == before
+    os.write(go[1], b"x")
+    assert ended(child) == 0 and content(tmp_path / "out") == reference and left(tmp_path) == ["out"]
+
+
+def test_a_number_that_somebody_else_has_by_now(tmp_path, reference):
+    "After a restart the dead run's process number may be anybody's; what counts is the lock."
+    partial, _ = interrupted(tmp_path)
+    partial.rename(tmp_path / f"out.partial-{os.getppid()}")
+    export(tmp_path / "out", started=tmp_path / "started")
+    assert content(tmp_path / "out") == reference and (tmp_path / "started").read_text() == "2"
+
+
+@pytest.mark.parametrize("call", ["pwrite", "fsync", "rename"])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_full_disk(tmp_path, reference, call, code, monkeypatch):
+    "A disk that is full during block 2 costs that block at most; the sentence says what is kept and where."
+    def full(*_, **__): raise OSError(code, os.strerror(code))
+    with pytest.raises(UsageError, match="no space left on the disk") as caught:
+        export(tmp_path / "out", lambda block: block == 2 and monkeypatch.setattr(os, call, full))
+    monkeypatch.undo()
+    partial, = tmp_path.iterdir()
+    assert caught.value.__notes__ == [f"2 finished blocks kept in {partial}, and the same command goes on from there"]
+    assert not list(partial.glob("journal/*.new"))
+    export(tmp_path / "out", started=tmp_path / "started")
+    assert content(tmp_path / "out") == reference and (tmp_path / "started").read_text() == "2"
+
+
+def flip_header(path):
+    raw = bytearray(path.read_bytes())
+    raw[20] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("damage", [flip_header, lambda p: os.truncate(p, p.stat().st_size - 1), Path.unlink,
+                                    lambda p: os.truncate(p, p.stat().st_size + 8)])
+@pytest.mark.parametrize("file", ["model-00002-of-*.safetensors", "journal/state-1.safetensors"])
+def test_damaged_files_are_not_gone_on_with(tmp_path, damage, file):
+    partial, _ = interrupted(tmp_path)
+    path, = partial.glob(file)
+    damage(path)
+    with pytest.raises(UsageError, match="--no-resume") as caught: export(tmp_path / "out")
+    folder, = tmp_path.iterdir()
+    assert str(caught.value).startswith(f"{folder / path.relative_to(partial)}: is ")
+    assert not hasattr(caught.value, "__notes__")
+    export(tmp_path / "out", resume=False)
+    assert left(tmp_path) == ["out"]
+
+
+def test_another_layout_is_not_gone_on_with(tmp_path):
+    "Shards are compared with what this run would write, byte by byte of their headers."
+    interrupted(tmp_path)
+    with pytest.raises(UsageError, match="is not the shard that this run would go on with"):
+        ExportWriter(tmp_path / "out", LAYOUT | {"norm.weight": (torch.float16, (5,))}, 150, journal=IDENTITY)
+
+
+def test_a_run_without_journal_deletes_no_unfinished_one(tmp_path, reference, caplog):
+    partial, _ = interrupted(tmp_path)
+    before = content(partial)
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match="unfinished run with 2 finished blocks; finish it by its own command"):
+            ExportWriter(tmp_path / "out", LAYOUT, overwrite=overwrite)
+    assert content(partial) == before
+    with caplog.at_level("INFO"): ExportWriter(tmp_path / "out", LAYOUT, resume=False).discard()
+    assert partial.name in caplog.text and left(tmp_path) == []
+
+
+def test_written_names_survive(tmp_path):
+    "The next run knows what it need not write, the kept tensors from before the first block included."
+    interrupted(tmp_path, 1)
+    with ExportWriter(tmp_path / "out", LAYOUT, 150, journal=IDENTITY) as writer:
+        assert writer.written == {"embed.weight", "norm.weight", "layers.0.codes", "layers.0.scales"}
+        writer.journal.finish_block(1, {}, {})
+        assert dict(writer.journal.load_state()) == {}
+        with pytest.raises(LLMQuantError, match="6 tensors were never written"): writer.finish()
+        writer.discard()
+
+
+def test_no_journal_in_what_is_published_or_rejected(tmp_path):
+    for end in ("publish", "reject"):
+        writer = ExportWriter(tmp_path / end, {}, journal=IDENTITY)
+        writer.finish_block(0, {}, {"x": torch.ones(3)})
+        writer.finish()
+        assert (writer.folder / "journal").is_dir()
+        getattr(writer, end)()
+        assert "journal" not in left(writer.folder)
+    assert left(tmp_path) == ["publish", "reject.failed"]
+
+
+def test_state_is_read_one_tensor_at_a_time(tmp_path, monkeypatch):
+    (tmp_path / "out.partial-1").mkdir()
+    journal = Journal.begin(tmp_path / "out.partial-1", {})
+    journal.finish_block(0, {}, {str(n): torch.full((1000,), n, dtype=torch.bfloat16) for n in range(50)})
+    state, read, preadv = journal.load_state(), [], os.preadv
+    monkeypatch.setattr(os, "preadv", lambda handle, buffers, at: read.append(len(buffers[0])) or preadv(handle, buffers, at))
+    assert state["7"].eq(7).all() and read == [2000]
+
+
+STOPPED = """
+import os, sys, types
+sys.path.insert(0, {tests!r})
+from llmquant import cli
+import test_journal
+def run(recipe):
+    stop = lambda block: block == 3 and {number} and os.kill(os.getpid(), {number})
+    test_journal.export(test_journal.Path(recipe.output_path), stop)
+    sys.exit(0)
+sys.modules["llmquant.pipeline"] = types.SimpleNamespace(run=run)
+sys.exit(cli.main(["--model-path", "m", "--output-path", "o"]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_says_what_is_kept(tmp_path, reference, number):
+    "Ctrl-C and SIGTERM: one line that says where the blocks are; the same command goes on."
+    code = STOPPED.format(tests=str(Path(__file__).parent), number=int(number))
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, text=True, capture_output=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    partial, = tmp_path.iterdir()
+    assert done.returncode == 128 + number, done.stderr
+    assert done.stderr == f"llmquant: stopped; 3 finished blocks kept in {partial}, and the same command goes on from there\n"
+    export(tmp_path / "o")
+    assert content(tmp_path / "o") == reference and left(tmp_path) == ["o"]
