@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SEED', 'DTYPES', 'take_', 'permute_residual_', 'permute_mlp_', 'change_values_', 'take_off_grid_', 'smollm2_folder',
-           'smollm2', 'demo_base', 'demo_text']
+           'smollm2', 'demo_base']
 
-# %% ../nbs/demo.ipynb #f29ea677
+# %% ../nbs/demo.ipynb #f019ccfd
 import importlib.util
 import json
 import os
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .calibration.text import demo_text
 from .core.errors import UsageError
 
 # %% ../nbs/demo.ipynb #d5cc38ab
@@ -155,12 +156,3 @@ def _demo_base_as_it_is(path: Path, dtype: str) -> Path:
         raise UsageError(f"demo model: {path} holds {found} where {dtype} is asked for; "
                          "delete it or name another folder")
     return path
-
-# %% ../nbs/demo.ipynb #1310d330
-def demo_text() -> tuple[str, str]:  # the part that calibrates, the part that measures
-    "The language reference that ships inside CPython, cut in two parts that do not overlap."
-    from pydoc_data.topics import topics
-
-    text = "".join(topics[name] for name in sorted(topics))
-    cut = len(text) * 2 // 3
-    return text[:cut], text[cut:]

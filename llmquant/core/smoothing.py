@@ -69,20 +69,20 @@ def stored_division(
     good = torch.isfinite(ratio) & (ratio > 0)
     return torch.where(good, stored, value), torch.where(good, ratio, torch.ones_like(ratio))
 
-# %% ../../nbs/core/smoothing.ipynb #319d40f8
+# %% ../../nbs/core/smoothing.ipynb #758c9b50
 def _check(producer:nn.Module, consumers:Sequence[nn.Module], scale:Tensor, pair:SmoothingPair):
     "`UsageError` when the modules of a pair do not fit each other, or a factor is no positive number."
     weight = getattr(producer, "weight", None)
     if weight is None or weight.dim() not in (1, 2):
-        raise UsageError(f"{pair.producer} ({type(producer).__name__}) has no weight that a factor could be folded into; "
-                         "a producer is a norm or a Linear")
+        raise UsageError(f"{pair.producer} ({type(producer).__name__}) has no weight that a factor could be folded "
+                         "into; a producer is a norm or a Linear")
     if scale.shape != weight.shape[:1] or not (torch.isfinite(scale) & (scale > 0)).all():
         raise UsageError(f"{pair.producer}: factors of shape {list(scale.shape)}; must be {weight.shape[0]} positive "
                          "numbers, one for each channel of its output")
     for name, consumer in zip(pair.consumers, consumers):
         if consumer.weight.shape[1] != len(weight) * pair.repeats:
-            raise UsageError(f"{name} reads {consumer.weight.shape[1]} channels, but {pair.producer} gives {len(weight)} "
-                             f"x {pair.repeats}; correct the adapter's smoothing_pairs")
+            raise UsageError(f"{name} reads {consumer.weight.shape[1]} channels, but {pair.producer} gives "
+                             f"{len(weight)} x {pair.repeats}; correct the adapter's smoothing_pairs")
 
 # %% ../../nbs/core/smoothing.ipynb #e821ed35
 def _divide_(producer:nn.Module, scale:Tensor, pair:SmoothingPair, dtype:torch.dtype, exact:bool) -> Tensor:

@@ -146,21 +146,22 @@ class AWQQuantizer(BaseQuantizer):
         "The settings; the defaults before `configure`."
         return self.settings or self.configure({}).settings
 
-# %% ../../nbs/quantizers/awq_quantizer.ipynb #9e0e1d70
+# %% ../../nbs/quantizers/awq_quantizer.ipynb #053b1510
 def check_statistics(
     stats:LayerStats|None, # What calibration measured
     name:str,              # The layer, for the message
 ):
     "`UsageError` when a layer has no Hessian, or one that is zero or no number."
     if stats is None or stats.hessian is None or stats.means is None:
-        raise UsageError(f"awq needs the activations of {name} and got none; give calibration data that reaches it, or leave it in float")
+        raise UsageError(f"awq needs the activations of {name} and got none; "
+                         "give calibration data that reaches it, or leave it in float")
     diagonal = stats.hessian.diagonal()
     if not torch.isfinite(diagonal).all():
-        raise UsageError(f"the Hessian of {name} holds NaN or infinite values: activations overflow on the calibration data; "
-                         "set model.torch_dtype to bfloat16 or use other data")
+        raise UsageError(f"the Hessian of {name} holds NaN or infinite values: activations overflow on the calibration "
+                         "data; set model.torch_dtype to bfloat16 or use other data")
     if not (diagonal > 0).any():
-        raise UsageError(f"the Hessian of {name} is zero after {stats.tokens} calibration tokens: nothing reached it; "
-                         "use more or other calibration data, or leave it in float")
+        raise UsageError(f"the Hessian of {name} is zero after {stats.tokens} calibration tokens: nothing reached "
+                         "it; use more or other calibration data, or leave it in float")
 
 # %% ../../nbs/quantizers/awq_quantizer.ipynb #8398b294
 @patch
@@ -183,13 +184,13 @@ def best_scale(self:AWQQuantizer,
         if error < found[0]: found = error, alpha, s
     return found[2], {"alpha": found[1], "error_ratio": found[0] / plain if plain else 1.}
 
-# %% ../../nbs/quantizers/awq_quantizer.ipynb #dfa5ada9
+# %% ../../nbs/quantizers/awq_quantizer.ipynb #1546b94f
 def _modules(view, pair:SmoothingPair) -> tuple[nn.Module, list[nn.Module]]:
     "Producer and consumers; `UsageError` naming the pair when one is not there."
     try: return view.module(pair.producer), [view.module(name) for name in pair.consumers]
     except (UsageError, KeyError, AttributeError) as error:
-        raise UsageError(f"smoothing pair {pair.producer} -> {', '.join(pair.consumers)} does not match block {view.index} ({error}); "
-                         "correct the adapter's smoothing_pairs") from None
+        raise UsageError(f"smoothing pair {pair.producer} -> {', '.join(pair.consumers)} does not match block "
+                         f"{view.index} ({error}); correct the adapter's smoothing_pairs") from None
 
 @patch
 def smooth_pair(self:AWQQuantizer,
@@ -221,7 +222,7 @@ def rescale_statistics(
     new = {id(stats[name]): stats[name].scaled(scale) for name in names}
     for name in names: stats[name] = new[id(stats[name])]
 
-# %% ../../nbs/quantizers/awq_quantizer.ipynb #c9bf8ce6
+# %% ../../nbs/quantizers/awq_quantizer.ipynb #6470f8be
 @patch
 @torch.no_grad()
 def prepare_block(self:AWQQuantizer,
@@ -231,9 +232,10 @@ def prepare_block(self:AWQQuantizer,
     if not self.current()["n_grid"]: return
     if not view.pairs:
         default = ModelRegistry.get("default").smoothing_pairs
-        have = [name for name in ModelRegistry.list_adapters() if ModelRegistry.get(name).smoothing_pairs is not default]
-        raise UsageError(f"awq: no smoothing pairs are known for block {view.index} of this architecture; the adapters {', '.join(have)} have "
-                         "them: use one of their model types, give the adapter smoothing_pairs, or set quantization.awq.n_grid to 0")
+        have = [n for n in ModelRegistry.list_adapters() if ModelRegistry.get(n).smoothing_pairs is not default]
+        raise UsageError(f"awq: no smoothing pairs are known for block {view.index} of this architecture; the "
+                         f"adapters {', '.join(have)} have them: use one of their model types, give the adapter "
+                         "smoothing_pairs, or set quantization.awq.n_grid to 0")
     for pair in view.pairs: self.smooth_pair(view, pair)
 
 # %% ../../nbs/quantizers/awq_quantizer.ipynb #abd99835

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GPTQQuantizer', 'corrected_', 'output_error']
 
-# %% ../../nbs/quantizers/gptq_quantizer.ipynb #41c84b4f
+# %% ../../nbs/quantizers/gptq_quantizer.ipynb #e1709163
 import torch
 from fastcore.basics import patch
 from torch import Tensor
@@ -17,7 +17,7 @@ from ..core.scheme import QuantScheme
 from ..core.statistics import LayerStats
 from .gptq_solver import Sweep, inverse_factor
 
-# %% ../../nbs/quantizers/gptq_quantizer.ipynb #d9872c0b
+# %% ../../nbs/quantizers/gptq_quantizer.ipynb #951a19bb
 class GPTQQuantizer(BaseQuantizer):
     "Columns rounded one by one, the error of each taken up by those still to come."
     name = "gptq"
@@ -44,13 +44,13 @@ class GPTQQuantizer(BaseQuantizer):
         "GPTQ's own layout where vLLM takes it."
         return "gptq" if scheme.symmetric and scheme.bits in (4, 8) else "compressed_tensors"
 
-# %% ../../nbs/quantizers/gptq_quantizer.ipynb #0466ce12
+# %% ../../nbs/quantizers/gptq_quantizer.ipynb #9ee3c156
 @patch
 def current(self:GPTQQuantizer) -> dict: # The options' values
     "The settings; the defaults before `configure`."
     return self.settings or self.configure({}).settings
 
-# %% ../../nbs/quantizers/gptq_quantizer.ipynb #c3377c01
+# %% ../../nbs/quantizers/gptq_quantizer.ipynb #6d05c028
 @patch
 def check_statistics(self:GPTQQuantizer,
     stats:LayerStats|None, # What calibration measured
@@ -70,7 +70,7 @@ def check_statistics(self:GPTQQuantizer,
         raise UsageError(f"the Hessian is zero after {stats.tokens} calibration tokens: nothing reached the layer; "
                          "use more or other calibration data, or leave the layer in float")
 
-# %% ../../nbs/quantizers/gptq_quantizer.ipynb #0f60c976
+# %% ../../nbs/quantizers/gptq_quantizer.ipynb #9872b513
 @patch
 def rounding_order(self:GPTQQuantizer,
     diagonal:Tensor,    # [in_features], the Hessian's
@@ -82,7 +82,7 @@ def rounding_order(self:GPTQQuantizer,
     if by_size: return diagonal.argsort(descending=True, stable=True), True
     return torch.arange(len(diagonal), device=diagonal.device), False
 
-# %% ../../nbs/quantizers/gptq_quantizer.ipynb #e8256a9e
+# %% ../../nbs/quantizers/gptq_quantizer.ipynb #1b523735
 def corrected_(
     target:Tensor,   # float32 [in_features, out_features], columns in the order of `factor`; corrected in place
     shift:Tensor,    # float32 [in_features, out_features]: (weight @ cross)ᵀ in the same order
@@ -92,7 +92,7 @@ def corrected_(
     "Move the weight to where it gives, on the quantized stream's inputs, more of what it gave on the float stream's."
     return target.addmm_(factor.T, factor @ shift, alpha=strength)
 
-# %% ../../nbs/quantizers/gptq_quantizer.ipynb #1dc77047
+# %% ../../nbs/quantizers/gptq_quantizer.ipynb #7e81c77f
 def output_error(
     weight:Tensor,    # float32 [out_features, in_features]
     quantized:Tensor, # What its codes stand for
@@ -103,7 +103,7 @@ def output_error(
     whole = size(weight)
     return (max(size(quantized - weight), 0) / whole)**.5 if whole > 0 else 0.
 
-# %% ../../nbs/quantizers/gptq_quantizer.ipynb #8ddbda76
+# %% ../../nbs/quantizers/gptq_quantizer.ipynb #87bb92be
 @patch
 def _sweep(self:GPTQQuantizer, weight:Tensor, stats:LayerStats, scheme:QuantScheme) -> tuple[Sweep, dict]:
     "A finished sweep over `weight`, and what there is to say of it."
@@ -120,7 +120,7 @@ def _sweep(self:GPTQQuantizer, weight:Tensor, stats:LayerStats, scheme:QuantSche
     if by_size and scheme.granularity == "group": notes["desc_act"] = "static order: groups keep their columns, no g_idx"
     return sweep, notes
 
-# %% ../../nbs/quantizers/gptq_quantizer.ipynb #4d013eef
+# %% ../../nbs/quantizers/gptq_quantizer.ipynb #ea06f21b
 @patch
 def quantize_weight(self:GPTQQuantizer,
     weight:Tensor,      # [out_features, in_features], any float dtype
