@@ -183,7 +183,7 @@ def _expert_groups(
         if found := re.match(r"(.+\.experts)\.\d+\.", name): lists.setdefault(found[1], []).append(name)
     return [tuple(members) for members in lists.values()]
 
-# %% ../../nbs/core/plan.ipynb #d871df9c
+# %% ../../nbs/core/plan.ipynb #abbb9a16
 def _check_fused(
     groups:Iterable,                # Names of layers that vLLM fuses
     plans:Mapping[str, LayerPlan],  # By name
@@ -191,12 +191,13 @@ def _check_fused(
 ):
     "`UsageError` when members of a fused group differ; it shows one of each kind."
     for group in groups:
-        kinds = {plans[name].scheme: name for name in reversed(group)}
+        kinds = {}
+        for name in group: kinds.setdefault(plans[name].scheme, name)
         if len(kinds) == 1: continue
         states = [f"{name}: {scheme or 'float'}{_by(speaking(overrides, name))}" for scheme, name in kinds.items()]
         remedy = "; let an override match all of them or none" if overrides else ""
         raise UsageError("vLLM fuses these layers, so they must share one scheme: "
-                         f"{', '.join(reversed(states))}{remedy}")
+                         f"{', '.join(states)}{remedy}")
 
 # %% ../../nbs/core/plan.ipynb #a599d47e
 def kept_tensors(
