@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['register_quantizers', 'register_model_adapters', 'register_outlier_suppressors', 'register_formats']
 
-# %% ../nbs/registry_init.ipynb #4c5eb5e5
+# %% ../nbs/registry_init.ipynb #e7b2894f
 from .core.format_registry import FormatRegistry
 from .core.model_registry import ModelRegistry
 from .core.quantizer_registry import QuantizerRegistry
@@ -18,11 +18,13 @@ from .models.llama_adapter import LlamaAdapter
 from .models.qwen_adapter import QwenAdapter
 from .quantizers.awq_quantizer import AWQQuantizer
 from .quantizers.gptq_quantizer import GPTQQuantizer
+from .quantizers.hqq_quantizer import HQQQuantizer
 from .quantizers.minmax_quantizer import MinMaxQuantizer
 
-# %% ../nbs/registry_init.ipynb #f0bac8ca
+# %% ../nbs/registry_init.ipynb #db97ab02
 def register_quantizers():
     "Quantization methods."
+    QuantizerRegistry.register("hqq", HQQQuantizer)
     QuantizerRegistry.register("minmax", MinMaxQuantizer)
     QuantizerRegistry.register("awq", AWQQuantizer)
     QuantizerRegistry.register("gptq", GPTQQuantizer)
