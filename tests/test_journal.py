@@ -189,13 +189,16 @@ def test_whatever_ends_it(tmp_path, reference, error, at):
     assert content(tmp_path / "out") == reference and left(tmp_path) == ["out"]
 
 
-@pytest.mark.parametrize("torn", [b'{"block": 2, "res', b"\0\0\0", b"\xff{", b'{"block": 2, "results": {}, "tensors": []}'])
+@pytest.mark.parametrize("torn", [b'{"block": 2, "res', b"\0\0\0", b"\xff{", b'{"block": 2, "results": {}, "tensors": []}', b'{"block": 2' * 99])
 def test_torn_line(tmp_path, reference, torn):
     partial, _ = interrupted(tmp_path)
     with open(partial / "journal/blocks.jsonl", "ab") as file: file.write(torn)
     (partial / "journal/state-2.safetensors").write_bytes(b"newer than the last line")
-    export(tmp_path / "out", started=tmp_path / "started")
-    assert content(tmp_path / "out") == reference and (tmp_path / "started").read_text() == "2"
+    for at, done in ((3, "2"), (None, "3")):  # what the next line leaves of a longer torn one is no line either
+        if at: interrupted(tmp_path, at, started=tmp_path / "started")
+        else: export(tmp_path / "out", started=tmp_path / "started")
+        assert (tmp_path / "started").read_text() == done
+    assert content(tmp_path / "out") == reference
 
 
 OTHERS = [({"bits": 3}, "bits: 4 there, 3 here"), ({"method": "awq"}, 'method: "gptq" there, "awq" here'),

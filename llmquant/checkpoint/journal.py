@@ -167,12 +167,11 @@ def begin(cls:Journal,
     flush_one(partial)
     return journal
 
-# %% ../../nbs/checkpoint/journal.ipynb #083c9a79
+# %% ../../nbs/checkpoint/journal.ipynb #39e0026c
 @patch
 def load(self:Journal)->Journal:
     "Read what the run had done; what belongs to an unfinished block is deleted."
     self.blocks, self._size = read_blocks(self.place / "blocks.jsonl")
-    os.truncate(self.place / "blocks.jsonl", self._size)
     if self.blocks: self.load_state()
     self._delete_other_states()
     return self
