@@ -6,7 +6,7 @@
 __all__ = ['CalibrationData', 'fingerprint', 'Request', 'read_text', 'read_self', 'shares', 'check_parts', 'read_part',
            'read_mixture', 'check_amount', 'load_calibration', 'as_calibration']
 
-# %% ../../nbs/calibration/data.ipynb #eb76e665
+# %% ../../nbs/calibration/data.ipynb #a5872aa0
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from .rows import Seen, text_of
 from .text import python_text_name, read_items
-from .tokens import (conversation_prefix, cut_windows, first_tokens, inference_prefix, load_tokenizer,
-                                         refuse_foreign, refuse_short)
+from .tokens import (conversation_prefix, cut_windows, first_tokens, inference_prefix,
+                                         load_tokenizer, refuse_foreign, refuse_short)
 from ..core.errors import UsageError, closest
 
 # %% ../../nbs/calibration/data.ipynb #3dd83e65
@@ -85,7 +85,7 @@ def _text_facts(
             "bos": f"each window begins with {tokens} (id {', '.join(map(str, prefix))}), as {by} at inference"
                    if prefix else f"no token is put in front of a window, as {by} with none at inference"}
 
-# %% ../../nbs/calibration/data.ipynb #a423ca05
+# %% ../../nbs/calibration/data.ipynb #3f282e03
 def read_self(
     count: int,  # windows
     request: Request,  # how
@@ -100,9 +100,10 @@ def read_self(
                          f"[{count}, {request.length}] were asked for; return that many")
     prefix = inference_prefix(request.tokenizer)
     begin = bool((windows[:, :len(prefix)] == torch.tensor(prefix)).all()) if prefix else False
-    return windows, {"dataset": "self: sampled from the model", "template": "none, the model's own text",
-                     "bos": f"each window {'begins' if begin else 'does not begin'} with what the tokenizer puts in front "
-                            "of a text at inference" if prefix else "none, as the tokenizer puts none in front of a text"}
+    verb = "begins" if begin else "does not begin"
+    bos = (f"each window {verb} with what the tokenizer puts in front of a text at inference" if prefix
+           else "as generated; the tokenizer puts no token in front of a text at inference")
+    return windows, {"dataset": "self: sampled from the model", "template": "none, the model's own text", "bos": bos}
 
 # %% ../../nbs/calibration/data.ipynb #cac68ebd
 def shares(
@@ -210,11 +211,11 @@ def load_calibration(
     facts |= {"num_samples": num_samples, "max_length": max_length, "tokens": windows.numel()}
     return CalibrationData(windows, fingerprint(windows), facts)
 
-# %% ../../nbs/calibration/data.ipynb #db40fb53
+# %% ../../nbs/calibration/data.ipynb #850066cb
 def as_calibration(
     data: Any,  # CalibrationData, an integer tensor [n, T], or a list of equally long lists of token ids
 ) -> CalibrationData:
-    "What is given to `quantize(model, calibration_data=...)`; a text is refused, since only a tokenizer makes tokens of it."
+    "What `quantize(model, calibration_data=...)` takes; a text is refused, since only a tokenizer makes tokens of it."
     if isinstance(data, CalibrationData):
         return data
     lists = isinstance(data, Sequence) and not isinstance(data, str | bytes)
@@ -229,7 +230,7 @@ def as_calibration(
                          "llmquant.calibration.data.load_calibration(dataset, tokenizer_path, vocab_size, ...)")
     return _from_tensor(data)
 
-# %% ../../nbs/calibration/data.ipynb #fea294ac
+# %% ../../nbs/calibration/data.ipynb #9d077e29
 def _from_tensor(
     tokens: Tensor,  # what was given
 ) -> CalibrationData:
@@ -237,7 +238,8 @@ def _from_tensor(
     if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
         raise UsageError(f"calibration_data: token ids are integers, not {tokens.dtype}; give a LongTensor [n, T]")
     if tokens.dim() != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
-        raise UsageError(f"calibration_data: its shape is {list(tokens.shape)}; give windows of at least 2 tokens, [n, T]")
+        raise UsageError(f"calibration_data: its shape is {list(tokens.shape)}; give windows of at least 2 tokens, "
+                         "[n, T]")
     if tokens.min() < 0:
         raise UsageError(f"calibration_data: holds the id {int(tokens.min())}; token ids are at least 0")
     tokens = tokens.detach().cpu().long().contiguous()

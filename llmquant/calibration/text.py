@@ -81,7 +81,7 @@ def text_pieces(
                                  "name a text file, .jsonl, .json or .parquet")
             yield piece
 
-# %% ../../nbs/calibration/text.ipynb #19f4fb1d
+# %% ../../nbs/calibration/text.ipynb #343c03a2
 def _line_rows(
     file: TextIO,  # at its start
     path: Path,  # for messages
@@ -93,8 +93,8 @@ def _line_rows(
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise UsageError(f"calibration file {path}: line {number} is no JSON ({error.msg} at column {error.colno}); "
-                             "write one JSON object a line, or the whole file as one array of objects") from None
+            raise UsageError(f"calibration file {path}: line {number} is no JSON ({error.msg} at column "
+                             f"{error.colno}); write one JSON object a line, or one array of objects") from None
         yield _as_row(row, f"calibration file {path}: line {number}")
 
 # %% ../../nbs/calibration/text.ipynb #e367c41b

@@ -113,7 +113,7 @@ def refuse_short(
         raise UsageError(f"{where}: has {tokens} tokens, and {count} x {length} = {count * length} are needed "
                          f"(num_samples x max_length); lower {lower}, or give a longer text")
 
-# %% ../../nbs/calibration/tokens.ipynb #b8e4608b
+# %% ../../nbs/calibration/tokens.ipynb #2d76f91a
 def refuse_foreign(
     windows: Tensor,  # token ids
     reach: int,  # what the tokenizer's own vocabulary reaches
@@ -123,5 +123,5 @@ def refuse_foreign(
     "`UsageError` for a tokenizer that does not fit the model's embedding."
     reach = max(reach, int(windows.max()) + 1)
     if reach > vocab_size or windows.min() < 0:
-        raise UsageError(f"{where}: the tokenizer has ids up to {reach - 1}, and the model's vocab_size is {vocab_size}; "
-                         "use the model's own tokenizer")
+        raise UsageError(f"{where}: the tokenizer has ids up to {reach - 1}, and the model's vocab_size is "
+                         f"{vocab_size}; use the model's own tokenizer")
