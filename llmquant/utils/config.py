@@ -83,7 +83,7 @@ def _where(
     "How the user gave a key; a default is called by its path."
     return won[name].where if name in won else BY_NAME[name].path or name
 
-# %% ../../nbs/utils/config.ipynb #60d2e4aa
+# %% ../../nbs/utils/config.ipynb #7cc5f6c6
 def _check_method(
     values:Mapping[str, Any],  # The recipe's values
     won:Mapping[str, Setting], # Which settings won
@@ -103,6 +103,9 @@ def _check_method(
         if values[name] is not None and quantizer.data_free:
             remove = won[name].where.rpartition(" ")[2]
             raise UsageError(f"{_where(won, name)}: {method} needs no calibration data; remove {remove}")
+    if values["calibration.column"] is not None and values["calibration.dataset"] is None:
+        raise UsageError(f"{_where(won, 'calibration.column')}: there is no dataset that could have a column; "
+                         "give calibration.dataset too")
 
 # %% ../../nbs/utils/config.ipynb #e49c3f41
 def _imply_layer_wise(
