@@ -105,13 +105,14 @@ def _quantize(arguments) -> str:
     from llmquant.summary import report_text
     return report_text(run(recipe), recipe.output_path)
 
-# %% ../nbs/cli.ipynb #f9279874
+# %% ../nbs/cli.ipynb #9fdc426f
 def _check(arguments) -> str:
     "Say what quantize would do, or why it would refuse, from names and shapes alone."
     recipe = _recipe(arguments, ("--model-path",))
-    from llmquant.pipeline import check
-    from llmquant.summary import plan_text
-    return plan_text(check(recipe))
+    from llmquant.pipeline import preflight
+    from llmquant.summary import memory_text, plan_text
+    plan, need = preflight(recipe)
+    return plan_text(plan) + (memory_text(need) if need else "")
 
 # %% ../nbs/cli.ipynb #e7ccee50
 def _list(arguments) -> str:

@@ -37,7 +37,7 @@ def split_into_shards(
         filled += size
     return [sorted(shard, key=lambda name: (-layout[name][0].itemsize, natural_key(name))) for shard in shards]
 
-# %% ../../nbs/checkpoint/writer.ipynb #25d07075
+# %% ../../nbs/checkpoint/writer.ipynb #9b632b34
 class Shards:
     "The safetensors files of an export, planned from its layout."
     def __init__(self,
@@ -66,7 +66,8 @@ class Shards:
         "Go on with the files that an unfinished run created, in which these tensors are written."
         for file, header in self.headers.items():
             path = folder / file
-            if not path.is_file() or path.stat().st_size != self.sizes[file] or path.open("rb").read(len(header)) != header:
+            if (not path.is_file() or path.stat().st_size != self.sizes[file]
+                    or path.open("rb").read(len(header)) != header):
                 raise UsageError(f"{path}: is not the shard that this run would go on with; discard the unfinished "
                                  "run with --no-resume")
         self.missing -= written
