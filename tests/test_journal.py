@@ -168,12 +168,13 @@ def raising(error, at):
 
 def interrupted(folder, at=2, error=None, **options):
     "An unfinished run in `folder`, with `at` finished blocks; its partial folder."
-    with pytest.raises(BaseException) as caught: export(folder / "out", raising(error or KeyboardInterrupt(2), at), **options)
+    stop = raising(error or KeyboardInterrupt(2), at)
+    with pytest.raises(BaseException) as caught: export(folder / "out", stop, **options)
     return next(folder.glob("out.partial-*"), None), caught.value
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(15), UsageError("block 2: NaN"), ZeroDivisionError(), MemoryError(),
-                                   OSError(errno.EIO, "broken"), SystemExit(3), LLMQuantError("x")],
+@pytest.mark.parametrize("error", [KeyboardInterrupt(15), UsageError("block 2: NaN"), ZeroDivisionError(),
+                                   MemoryError(), OSError(errno.EIO, "broken"), SystemExit(3), LLMQuantError("x")],
                          ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("at", [0, 2, BLOCKS])
 def test_whatever_ends_it(tmp_path, reference, error, at):
@@ -189,7 +190,8 @@ def test_whatever_ends_it(tmp_path, reference, error, at):
     assert content(tmp_path / "out") == reference and left(tmp_path) == ["out"]
 
 
-@pytest.mark.parametrize("torn", [b'{"block": 2, "res', b"\0\0\0", b"\xff{", b'{"block": 2, "results": {}, "tensors": []}', b'{"block": 2' * 99])
+@pytest.mark.parametrize("torn", [b'{"block": 2, "res', b"\0\0\0", b"\xff{", b'{"block": 2' * 99,
+                                  b'{"block": 2, "results": {}, "tensors": []}'])
 def test_torn_line(tmp_path, reference, torn):
     partial, _ = interrupted(tmp_path)
     with open(partial / "journal/blocks.jsonl", "ab") as file: file.write(torn)
@@ -202,7 +204,8 @@ def test_torn_line(tmp_path, reference, torn):
 
 
 OTHERS = [({"bits": 3}, "bits: 4 there, 3 here"), ({"method": "awq"}, 'method: "gptq" there, "awq" here'),
-          ({"calibration": {"fingerprint": "77", "num_samples": 8}}, 'calibration.fingerprint: "e3b0" there, "77" here'),
+          ({"calibration": {"fingerprint": "77", "num_samples": 8}},
+           'calibration.fingerprint: "e3b0" there, "77" here'),
           ({"damp": 0.1}, "damp: nothing there, 0.1 here")]
 
 
@@ -328,7 +331,10 @@ def test_state_is_read_one_tensor_at_a_time(tmp_path, monkeypatch):
     journal = Journal.begin(tmp_path / "out.partial-1", {})
     journal.finish_block(0, {}, {str(n): torch.full((1000,), n, dtype=torch.bfloat16) for n in range(50)})
     state, read, preadv = journal.load_state(), [], os.preadv
-    monkeypatch.setattr(os, "preadv", lambda handle, buffers, at: read.append(len(buffers[0])) or preadv(handle, buffers, at))
+    def counting(handle, buffers, at):
+        read.append(len(buffers[0]))
+        return preadv(handle, buffers, at)
+    monkeypatch.setattr(os, "preadv", counting)
     assert state["7"].eq(7).all() and read == [2000]
 
 
@@ -354,6 +360,7 @@ def test_the_command_says_what_is_kept(tmp_path, reference, number):
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     partial, = tmp_path.iterdir()
     assert done.returncode == 128 + number, done.stderr
-    assert done.stderr == f"llmquant: stopped; 3 finished blocks kept in {partial}, and the same command goes on from there\n"
+    assert done.stderr == (f"llmquant: stopped; 3 finished blocks kept in {partial}, and the same command goes on "
+                           "from there\n")
     export(tmp_path / "o")
     assert content(tmp_path / "o") == reference and left(tmp_path) == ["o"]
