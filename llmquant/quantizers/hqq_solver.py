@@ -33,7 +33,7 @@ def shrinkage(
     size = x.abs().clamp_(min=SMALLEST)
     return torch.minimum(size, power(size, p - 1).div_(beta)).copysign_(x)
 
-# %% ../../nbs/quantizers/hqq_solver.ipynb #179c4db7
+# %% ../../nbs/quantizers/hqq_solver.ipynb #a7fd6f9c
 @dataclass(frozen=True)
 class Schedule:
     "How the lp error is lowered."
@@ -41,6 +41,7 @@ class Schedule:
     beta: float = 4.0     # First beta, for errors in steps
     kappa: float = 1.01   # Growth of beta in each round
     iterations: int = 20  # Most rounds for a group
+    reach: float = 0.1    # A scale stays within this share of the one it started from
     least_gain: float = 1e-3 # A group stops when a round lowers its error by less than this share
 
 # %% ../../nbs/quantizers/hqq_solver.ipynb #726495cf
@@ -102,7 +103,7 @@ class Best:
         rows = rows[better]
         self.scales[rows], self.zeros[rows], self.lp[rows] = scales[better], zeros[better], lp[better]
 
-# %% ../../nbs/quantizers/hqq_solver.ipynb #128f3ad6
+# %% ../../nbs/quantizers/hqq_solver.ipynb #1aa06012
 def descend_(
     best:Best,         # Updated in place
     weight:Tensor,     # [n, width] float32
@@ -113,6 +114,7 @@ def descend_(
 ):
     "Alternate the two steps and offer each grid on the way."
     rows, last, beta = torch.arange(len(weight), device=weight.device), torch.inf, schedule.beta
+    least, most = scales * (1 - schedule.reach), scales * (1 + schedule.reach)
     for _ in range(schedule.iterations):
         x, steps = rounding_errors(weight, scales, zeros, scheme.qmax)
         lp, squared = group_errors(x, scales, schedule.lp_norm)
@@ -122,7 +124,8 @@ def descend_(
         if not on.all():
             rows, weight, x, steps, scales, zeros, lp = (t[on] for t in (rows, weight, x, steps, scales, zeros, lp))
         scales, zeros = moved(x, steps, scales, zeros, beta, schedule.lp_norm, scheme.float_zeros)
-        scales, last, beta = store_scale(scales.clamp_(min=0), scheme).float(), lp, beta * schedule.kappa
+        scales = store_scale(scales.clamp_(least[rows], most[rows]), scheme).float()
+        last, beta = lp, beta * schedule.kappa
 
 # %% ../../nbs/quantizers/hqq_solver.ipynb #2e3af48d
 def _solve_part(w:Tensor, scales:Tensor, zeros:Tensor, scheme:QuantScheme, schedule:Schedule):
