@@ -85,7 +85,7 @@ def search_grid(
     best = errors.argmin(0, keepdim=True)
     return scales.gather(0, best)[0], zeros.gather(0, best)[0]
 
-# %% ../../nbs/quantizers/gptq_solver.ipynb #82d28758
+# %% ../../nbs/quantizers/gptq_solver.ipynb #2d482b6c
 @dataclass
 class Sweep:
     "A weight on its way to codes. Columns stand in the order in which they are rounded."
@@ -97,8 +97,7 @@ class Sweep:
 
     def __post_init__(self):
         columns, rows = self.weight.shape
-        self.pivots = self.factor.diagonal().clone()
-        self.factor /= self.pivots[:, None]
+        self.factor /= self.factor.diagonal()[:, None].clone()
         self.width = self.scheme.width(columns)
         self.group_of = (self.order // self.width).tolist()
         self.scales = self.weight.new_empty(columns // self.width, rows, dtype=self.scheme.scale_dtype)
@@ -156,12 +155,6 @@ def run(self:Sweep,
     self.run(start, half, in_turn)
     self.weight[half:stop].addmm_(self.factor[start:half, half:stop].T, self.weight[start:half], alpha=-1)
     self.run(half, stop, in_turn)
-
-# %% ../../nbs/quantizers/gptq_solver.ipynb #60a1da97
-@patch
-def loss(self:Sweep) -> float: # tr(Δ H Δᵀ) for the damped Hessian and Δ = target - quantized
-    "What the sweep lost, in squared outputs per token."
-    return float((self.weight.square().sum(1) / self.pivots.square()).sum())
 
 # %% ../../nbs/quantizers/gptq_solver.ipynb #dd668d43
 @patch
