@@ -113,11 +113,13 @@ def test_new_keys_reach_the_recipe_and_its_report(tmp_path):
 
 
 def test_a_flag_and_set_agree_by_what_they_mean(monkeypatch, capsys):
-    seen = []
-    monkeypatch.setattr("llmquant.pipeline.check", lambda recipe: seen.append(recipe))
-    monkeypatch.setattr("llmquant.summary.plan_text", lambda plan: "")
-    command = ["check", "--model-path", "m", "--no-resume", "--layers", "0,1", "--set"]
-    assert cli.main([*command, "quantization.layers=[1, 0]"]) == 0
+    def stop(recipe):
+        seen.append(recipe)
+        raise UsageError("far enough")
+    seen, command = [], ["--model-path", "m", "--output-path", "o", "--no-resume", "--layers", "0,1", "--set"]
+    monkeypatch.setattr("llmquant.pipeline.run", stop)
+    assert cli.main([*command, "quantization.layers=[1, 0]"]) == 2
+    assert capsys.readouterr().err == "llmquant: error: far enough\n"
     assert (seen[0].layers, seen[0].resume) == ((0, 1), False)
     assert cli.main([*command, "quantization.layers=[1, 2]"]) == 2
     assert "--layers and --set quantization.layers contradict each other" in capsys.readouterr().err
