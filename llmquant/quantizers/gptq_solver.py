@@ -54,11 +54,11 @@ def inverse_factor(
     raise UsageError(f"the Hessian has no Cholesky factor, even with {damp / 10:.3g} of its mean diagonal added; "
                      "check the calibration data for extreme activations, or leave the layer in float")
 
-# %% ../../nbs/quantizers/gptq_solver.ipynb #f8208873
+# %% ../../nbs/quantizers/gptq_solver.ipynb #748584b0
 def _errors(group:Tensor, importance:Tensor, scales:Tensor, zeros:Tensor, qmax:int) -> Tensor:
     "Weighted squared errors [candidates, out_features] of a transposed group [width, out_features] on each grid."
     width, rows = group.shape
-    errors, step = scales.new_empty(scales.shape, dtype=torch.float32), max(2**15 // width, 1)
+    errors, step = scales.new_empty(scales.shape, dtype=torch.float32), max(2**16 // width, 1)
     for start in range(0, rows, step): # what one pass touches stays in the cache
         part = group[:, start:start + step]
         exact, rounded = torch.empty_like(part), torch.empty_like(part)
@@ -137,8 +137,8 @@ def round_columns(self:Sweep,
         w.sub_(rounded.sub_(zero).mul_(scale))
         if start + c + 1 < stop: columns[c + 1:].addr_(factor[c, c + 1:], w, alpha=-1)
 
-# %% ../../nbs/quantizers/gptq_solver.ipynb #e37ec119
-LEAF = 32 # Columns below which a matrix product does not pay
+# %% ../../nbs/quantizers/gptq_solver.ipynb #05109e55
+LEAF = 16 # Columns below which a matrix product does not pay
 
 @patch
 def run(self:Sweep,
