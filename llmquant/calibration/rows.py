@@ -98,7 +98,7 @@ def row_text(
                          "column with text or conversations in calibration.column")
     return value if not value or value.endswith("\n") else value + "\n\n"
 
-# %% ../../nbs/calibration/rows.ipynb #fe4f2e77
+# %% ../../nbs/calibration/rows.ipynb #066a0148
 def text_of(
     items: Iterable[str | dict],  # pieces of plain text, or rows
     tokenizer: Any,  # the model's; only conversations need it
@@ -115,4 +115,10 @@ def text_of(
             continue
         seen.rows += 1
         seen.column = seen.column or choose_column(item, column, where)
-        yield from slices(row_text(item, tokenizer, seen, where) or "")
+        text = row_text(item, tokenizer, seen, where) or ""
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UsageError(f"{where}: row {seen.rows} holds half a surrogate pair, which is no letter; repair the "
+                             "text or leave the row out") from None
+        yield from slices(text)

@@ -129,7 +129,7 @@ def _array_rows(
             yield _as_row(row, f"calibration file {path}: row {number} of the array")
             text, number = text[end:], number + 1
 
-# %% ../../nbs/calibration/text.ipynb #6f6e2a33
+# %% ../../nbs/calibration/text.ipynb #929c51c5
 def json_rows(
     path: Path,  # .jsonl or .json
 ) -> Iterator[dict]:  # the rows
@@ -139,7 +139,10 @@ def json_rows(
         while start.isspace():
             start = file.read(1)
         file.seek(0)
-        yield from (_array_rows if start == "[" else _line_rows)(file, path)
+        try:
+            yield from (_array_rows if start == "[" else _line_rows)(file, path)
+        except RecursionError:
+            raise UsageError(f"calibration file {path}: its JSON is nested too deeply; write flat rows") from None
 
 # %% ../../nbs/calibration/text.ipynb #86c70bee
 def need_datasets(
