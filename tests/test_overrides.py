@@ -137,8 +137,8 @@ def plan(path, **given): return check(resolve({"model_path": str(path), "bits": 
     ({"match": r".*\.q_proj", "bits": 8}, "q_proj: W8 g64 asym (by quantization.overrides[0]), model.layers.0.self_attn"
      ".k_proj: W4 g64 asym; let an override match all of them or none"),
     ({"match": r".*\.up_proj", "skip": True}, "up_proj: float (by quantization.overrides[0])"),
-    ({"match": r".*\.down_proj", "group_size": 96}, "group_size 96 does not divide in_features 256; use 32, 64, 128, 256 "
-     "or -1 (per channel) (by quantization.overrides[0])"),
+    ({"match": r".*\.down_proj", "group_size": 96}, "group_size 96 does not divide in_features 256; use 32, 64, 128, "
+     "256 or -1 (per channel) (by quantization.overrides[0])"),
     ({"match": ".*", "skip": True}, "no layer of this llama model would be quantized")])
 def test_an_override_that_cannot_be_is_refused(entry, said, folder):
     with pytest.raises(UsageError) as caught: plan(folder/"base", overrides=[entry])
@@ -160,7 +160,8 @@ def test_experts_of_a_block_share_a_grid(tmp_path, monkeypatch):
     rule = lambda match: dict(overrides=[{"match": match, "bits": 8}])
     with pytest.raises(UsageError, match=r"vLLM fuses .*experts\.0\..*: W4 .*experts\.2\..*: W8"):
         plan(base, **rule(r".*\.0\.mlp\.experts\.2\..*"))
-    with pytest.raises(UsageError, match=r"experts\.0\.down_proj: W8 .*gate_proj: W4"): plan(base, **rule(r".*down_proj"))
+    with pytest.raises(UsageError, match=r"experts\.0\.down_proj: W8 .*gate_proj: W4"):
+        plan(base, **rule(r".*down_proj"))
     found = plan(base, **rule(r".*\.0\.mlp\.experts\..*"))
     assert sum(s.bits == 8 for s in found.overrides.values()) == len(found.overrides) == 4 * 3
 

@@ -38,7 +38,7 @@ class Override:
         "What was given, as plain values."
         return {key: value for key, value in asdict(self).items() if value is not None}
 
-# %% ../../nbs/core/overrides.ipynb #f3f05e39
+# %% ../../nbs/core/overrides.ipynb #ec444b8b
 _KEYS = (Option("match", str, None), Option("bits", int, None), Option("group_size", int, None, minimum=-1),
          replace(SYMMETRIC, default=None), Option("skip", bool, None))
 
@@ -59,7 +59,8 @@ def _read_override(
     if len(override.to_dict()) == 1:
         raise UsageError(f"{where}: says which layers and not what about them; add bits, group_size, symmetric or skip")
     if override.skip and len(override.to_dict()) > 2:
-        raise UsageError(f"{where}: skip leaves its layers in float, so they have no grid; remove the other keys or skip")
+        raise UsageError(f"{where}: skip leaves its layers in float, so they have no grid; remove the other keys "
+                         "or skip")
     return override
 
 # %% ../../nbs/core/overrides.ipynb #0fab14e2

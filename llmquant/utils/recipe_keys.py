@@ -184,7 +184,7 @@ def read_format(
     "Read the name of an export format."
     return check_value(Option("format", str, "auto"), value, where).replace("-", "_")
 
-# %% ../../nbs/utils/recipe_keys.ipynb #6ac8bafb
+# %% ../../nbs/utils/recipe_keys.ipynb #520f08c6
 _QUANTIZATION = (
     Key("method", str, "minmax", "the quantizer, one that `llmquant list` shows", flag="--method"),
     Key("bits", int, 4, "bits per weight; 16 leaves every weight as it is", flag="--bits"),
@@ -194,13 +194,13 @@ _QUANTIZATION = (
         flag="--layer-wise"),
     Key("layers", str, None, "decoder layers to quantize, such as 0,1,4-6; implies layer_wise",
         flag="--layers", read=read_layers),
-    Key("overrides", str, (), "layers on another grid or in float: a list of {match: REGEX, bits, group_size, symmetric, "
-        "skip}; the whole module name must match, the last match wins", read=read_overrides),
+    Key("overrides", str, (), "layers on another grid or in float: a list of {match: REGEX, bits, group_size, "
+        "symmetric, skip}; the whole module name must match, the last match wins", read=read_overrides),
     Key("outlier_suppression", str, (), "suppressors to apply first: a name, a list, or none",
         flag="--outlier-suppression", read=read_names),
     Key("seed", int, 0, "seed of everything random", minimum=0, maximum=2**32 - 1, flag="--seed"))
 
-# %% ../../nbs/utils/recipe_keys.ipynb #cff9aaf6
+# %% ../../nbs/utils/recipe_keys.ipynb #e4453ac1
 _MODEL = (
     Key("trust_remote_code", bool, False, "run Python code that comes with the checkpoint"),
     Key("device_map", str, "auto", "where to compute: auto, cpu, cuda or cuda:N", flag="--device", read=read_device),
@@ -209,8 +209,8 @@ _MODEL = (
     Key("max_memory", str, None, "the most memory that a run may use, such as 8GiB; null or none for no ceiling",
         flag="--max-memory", read=read_memory))
 _CALIBRATION = (
-    Key("dataset", str, None, "calibration text: a file, a hub name, self, or a list of {dataset, weight, column}; null "
-        "for a text that comes along, and for methods that need none",
+    Key("dataset", str, None, "calibration text: a file, a hub name, self, or a list of {dataset, weight, column}; "
+        "null for a text that comes along, and for methods that need none",
         flag="--calibration-dataset", read=read_dataset),
     Key("column", str, None, "column of the dataset that holds the text; null to find it", read=read_text),
     Key("num_samples", int, 100, "calibration sequences to read from the dataset", minimum=1),
