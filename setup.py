@@ -33,8 +33,9 @@ setup(
     install_requires=words("requirements"),
     extras_require={
         "gguf": words("gguf_requirements"),
+        "data": words("data_requirements"),
         "vllm": words("vllm_requirements"),
-        "dev": words("gguf_requirements") + words("dev_requirements"),
+        "dev": words("gguf_requirements") + words("data_requirements") + words("dev_requirements"),
         "lab": words("lab_requirements"),
     },
     entry_points={

@@ -6,7 +6,7 @@
 __all__ = ['REPORT', 'ExportSink', 'export_config', 'ExportedModel', 'peak_memory_mib', 'make_report', 'to_yaml', 'write_export',
            'prove', 'plan_of_model', 'hand_over', 'side_of_model', 'export_model', 'adopt_marked']
 
-# %% ../nbs/export.ipynb #ca6575cc
+# %% ../nbs/export.ipynb #1511b177
 import json, platform, resource, tempfile, time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
@@ -26,7 +26,7 @@ from .core.plan import LayerPlan, Plan, kept_tensors, nbytes
 from .core.qtensor import QuantizedWeight
 from .core.quant_linear import QuantLinear
 from .core.quantizer_registry import QuantizerRegistry
-from .core.scheme import dtype_name
+from .core.scheme import QuantScheme, dtype_name
 from .core.walk import LayerResult, cast
 
 # %% ../nbs/export.ipynb #33421af4
@@ -151,7 +151,7 @@ def prove(
     writer.write_text(REPORT, to_yaml({**report, "proof": {**report["proof"], **found}}))
     return found
 
-# %% ../nbs/export.ipynb #2e0e57a2
+# %% ../nbs/export.ipynb #3ed8caf2
 def plan_of_model(
     model,       # A model with `QuantLinear` modules
     adapter,     # Its family's adapter
@@ -165,11 +165,14 @@ def plan_of_model(
     reason = lambda s: s.reason or ("" if s.name in layers else "not among the layers asked for")
     scheme_of = lambda s: layers[s.name].scheme if s.name in layers else None
     plans = tuple(LayerPlan(s.name, s.out_features, s.in_features, s.block, scheme_of(s), reason(s)) for s in sites)
-    scheme = next(iter(layers.values())).scheme
+    known = (model.config.quantization_config or {}).get("llmquant_scheme")
+    scheme = QuantScheme.from_dict(known) if known else next(iter(layers.values())).scheme
     dtype, stored = scheme.scale_dtype, model.dtype
     kept = kept_tensors(source.tensors, plans, stored, dtype, adapter.keep_dtype)
     method = next(iter(layers.values())).quantization_method
-    if format == "auto": format = model.config.quantization_config["quant_method"].replace("-", "_")
+    if format == "auto":
+        format = model.config.quantization_config["quant_method"].replace("-", "_")
+        if scheme.float_zeros: format = "float_zeros"
     plan = Plan(method, plans, kept, dtype, scheme, FormatRegistry.get(format)(container),
                 nbytes({**source.tensors, **weights}))
     return plan, layers, source

@@ -105,7 +105,7 @@ def edited(returned, model):
     "What an edit returned; the model itself where it returned nothing."
     return model if returned is None else returned
 
-# %% ../nbs/pipeline.ipynb #378e270f
+# %% ../nbs/pipeline.ipynb #5e203e7b
 def run_in_memory(recipe:Recipe, source:CheckpointSource, quantizer:BaseQuantizer, adapter, **kwargs) -> dict:
     "Load the model, let suppressors and the quantizer edit it, export it."
     from transformers import AutoModelForCausalLM
@@ -116,14 +116,15 @@ def run_in_memory(recipe:Recipe, source:CheckpointSource, quantizer:BaseQuantize
         model = edited(OutlierSuppressionRegistry.get(name)().apply(model, None), model)
     if getattr(model.config, "quantization_config", None): model.config.quantization_config = None
     layers = list(recipe.layers) if recipe.layers else None
-    config = {**recipe.options, "model": {"torch_dtype": recipe.torch_dtype}}
+    own = {"method": recipe.method, recipe.method: dict(recipe.options), "overrides": list(recipe.overrides)}
+    config = {"quantization": own, "model": {"torch_dtype": recipe.torch_dtype}, "calibration": dict(recipe.calibration)}
     model = edited(quantizer.quantize(model, bits=recipe.bits, group_size=recipe.group_size, target_layers=layers,
                                       layer_wise=recipe.layer_wise, calibration_data=None, config=config), model)
     if not is_adopted(model): adopt(quantizer, model, recipe.bits, recipe.group_size, recipe.layers, recipe.torch_dtype)
     return export_model(model, adapter, recipe.output_path, source.path,
                         format=recipe.format, container=recipe.container, **kwargs)
 
-# %% ../nbs/pipeline.ipynb #606c10c0
+# %% ../nbs/pipeline.ipynb #13c2aa34
 def run(
     recipe:Recipe, # From `resolve`
 ) -> dict:         # The report
@@ -139,27 +140,28 @@ def run(
         model = {"path": str(recipe.model_path), "model_type": source.config.get("model_type"),
                  "adapter": adapter.model_type, "dtype": dtype_name(source.dtype)}
         shared = dict(facts={"recipe": recipe_to_dict(recipe), "model": model}, verify=_prover(recipe, plan),
-                      max_shard_bytes=recipe.max_shard_size, overwrite=recipe.overwrite, protect=source.files())
+                      max_shard_bytes=recipe.max_shard_size, overwrite=recipe.overwrite, protect=source.files(),
+                      resume=recipe.resume)
         logger.info("%s: %d layers to %s, %d left in float",
-                    recipe.model_path, len(plan.quantized), plan.scheme or "16 bits", len(plan.ignored))
+                    recipe.model_path, len(plan.quantized), ", ".join(map(str, plan.schemes)) or "16 bits", len(plan.ignored))
         if recipe.bits < 16 and not streams(quantizer, recipe):
             return run_in_memory(recipe, source, quantizer, adapter, device=device, **shared)
         if calibrates(quantizer, recipe): carry, more = _calibrated(recipe, plan, adapter, quantizer, source, device, shared["facts"])
         else:
             counted = partial(progress, description="quantizing", unit="tensor")
             carry, more = partial(walk, plan, quantizer, source, device=device, progress=counted), {}
-        promises_step = bool(plan.scheme and quantizer.promises_step(plan.scheme))
+        promises_step = bool(plan.schemes) and all(map(quantizer.promises_step, plan.schemes))
         return write_export(plan, adapter, carry, promises_step, source.config,
                             Path(recipe.output_path), side_files=source.side_files, **shared, **more)
 
-# %% ../nbs/pipeline.ipynb #03cb366c
+# %% ../nbs/pipeline.ipynb #4ce4504a
 def _calibrated(recipe:Recipe, plan:Plan, adapter, quantizer:BaseQuantizer, source:CheckpointSource, device:str,
                 facts:dict) -> tuple:
     "How a calibrated run brings its tensors, and its name for the journal; the text is read here."
     data = calibration_of(recipe, source)
     need = need_of(recipe, plan, adapter, quantizer, source)
     carry = partial(calibrated_carry, recipe, plan, adapter, quantizer, source, data, need, device, facts)
-    return carry, {"journal": identity(recipe, source, data, device), "resume": recipe.resume}
+    return carry, {"journal": identity(recipe, source, data, device)}
 
 # %% ../nbs/pipeline.ipynb #07d2c45f
 def require_vllm():
@@ -205,7 +207,7 @@ def count_parameters(
     except (yaml.YAMLError, KeyError, TypeError, AttributeError): return None # damaged: verify says how
     return plain + sum(prod(l["shape"]) for l in layers)
 
-# %% ../nbs/pipeline.ipynb #99dea39e
+# %% ../nbs/pipeline.ipynb #06248f24
 def info(
     path:str|Path, # A checkpoint or an export
 ) -> dict:         # Plain values
@@ -215,7 +217,7 @@ def info(
         quantization = config.get("quantization_config") or {}
         text = config.get("text_config") or config
         elements = {name: i.nbytes for name, i in source.tensors.items()}
-        shown = "quant_method", "format", "llmquant_method", "llmquant_scheme"
+        shown = "quant_method", "format", "llmquant_method", "llmquant_scheme", "llmquant_overrides"
         return {"path": str(path), "model_type": config.get("model_type"),
                 "adapter": ModelRegistry.for_config(config).model_type,
                 "dtype": dtype_name(source.dtype), "blocks": text.get("num_hidden_layers"),

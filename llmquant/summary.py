@@ -64,7 +64,15 @@ def _dense_text(
     if sizes["quantized_layers_dense"] == sizes["quantized_layers"]: return ""
     return f"in 4-bit slots, which load anywhere; as a dense stream {human_bytes(sizes['quantized_layers_dense'])}"
 
-# %% ../nbs/summary.ipynb #8e827ba7
+# %% ../nbs/summary.ipynb #2544bed1
+def _schemes_text(
+    plan:Any, # A plan
+) -> str:     # Empty when nothing is quantized
+    "The grid, and where there are several the number of layers of each."
+    counts = Counter(str(l.scheme) for l in plan.quantized)
+    return next(iter(counts), "") if len(counts) < 2 else ", ".join(f"{name} x {n}" for name, n in counts.items())
+
+# %% ../nbs/summary.ipynb #da14c93a
 def _plan_rows(
     plan:Any,                # A plan
 ) -> list[tuple[str, str]]:  # What stands at the top
@@ -72,7 +80,7 @@ def _plan_rows(
     sizes = plan.sizes()
     dense = _dense_text(sizes)
     layout, dtype = plan.format.name if plan.format else "plain checkpoint", str(plan.dtype).removeprefix("torch.")
-    rows = [("method", f"{plan.method}, {plan.scheme or '16 bits: every weight stays as it is'}"),
+    rows = [("method", f"{plan.method}, {_schemes_text(plan) or '16 bits: every weight stays as it is'}"),
             ("format", f"{layout}, {dtype}"), ("checkpoint", human_bytes(sizes["checkpoint"])),
             ("export, predicted", human_bytes(sizes["export"]))]
     packed, as_float = sizes["quantized_layers"], sizes["quantized_layers_in_float"]
@@ -81,7 +89,7 @@ def _plan_rows(
     if dense: rows.append(("", dense))
     return rows
 
-# %% ../nbs/summary.ipynb #dac5d5b1
+# %% ../nbs/summary.ipynb #71288693
 def plan_text(
     plan:Any, # A `core.plan.Plan` that passed the pre-flight
 ) -> str:     # What the export will be
@@ -93,7 +101,7 @@ def plan_text(
         text += f"\nleft in float: {len(left)}, {reason}\n" + aligned(kinds(left), 2)
     return text
 
-# %% ../nbs/summary.ipynb #3cbd8b73
+# %% ../nbs/summary.ipynb #ae33259d
 def memory_text(
     need:Any, # A `core.memory.MemoryNeed`
 ) -> str:     # The predicted peak and its parts
@@ -104,14 +112,14 @@ def memory_text(
     rows = [(human_bytes(getattr(need, name)), text) for name, text in parts]
     return f"\npeak memory, predicted: {human_bytes(need.peak)}\n" + aligned(rows, 2)
 
-# %% ../nbs/summary.ipynb #0cfad3d3
+# %% ../nbs/summary.ipynb #949f9f28
 def proof_text(
     proof:Mapping[str, Any], # What `verify` found, or the report's `proof`
 ) -> str:                    # Its figures
     "A proof without the digests, which are for machines."
     return aligned(flat({name: value for name, value in proof.items() if name not in ("digests", "promises_step")}))
 
-# %% ../nbs/summary.ipynb #f27914ce
+# %% ../nbs/summary.ipynb #a996ceab
 def _peak_text(report:Mapping[str, Any]) -> str:
     "The measured peak, beside the predicted one where there was one."
     predicted = report.get("memory", {}).get("predicted_peak_mib")
@@ -121,7 +129,7 @@ def _calibration_text(facts:Mapping[str, Any]) -> str:
     "What was read, and how often it went through each block."
     return f"{facts.get('tokens', '?')} tokens of {facts.get('dataset', 'given tokens')}, {facts.get('passes_over_each_block', '?')} passes"
 
-# %% ../nbs/summary.ipynb #c8ec8f61
+# %% ../nbs/summary.ipynb #ac8db9f4
 def report_text(
     report:Mapping[str, Any], # What `pipeline.run` returns
     output:str,               # The export's folder
@@ -145,7 +153,7 @@ def report_text(
     unproven = "not proven; run llmquant verify, or quantize with --verify\n"
     return aligned(rows) + (f"\nproof\n{proof}" if proof else unproven)
 
-# %% ../nbs/summary.ipynb #63618bcf
+# %% ../nbs/summary.ipynb #b641b3e6
 def option_row(
     option:Option, # As a method declares it
 ) -> tuple:        # Name, type, default, what it does and may be
@@ -159,7 +167,7 @@ def option_row(
     meaning = option.help + (f" ({'; '.join(limits)})" if limits else "")
     return option.name, option.type.__name__, f"[{default}]", meaning
 
-# %% ../nbs/summary.ipynb #61ea76a7
+# %% ../nbs/summary.ipynb #a69baaf5
 def _methods_text(verbose:bool) -> str:
     "Methods, with their options when `verbose`."
     from llmquant.core.quantizer_registry import QuantizerRegistry
@@ -170,7 +178,7 @@ def _methods_text(verbose:bool) -> str:
         if verbose: text += aligned(map(option_row, cls.all_options()), 4)
     return text
 
-# %% ../nbs/summary.ipynb #d59a3d12
+# %% ../nbs/summary.ipynb #72fce487
 def _adapters_text(verbose:bool) -> str:
     "Adapters, with the model types they claim when `verbose`."
     from llmquant.core.model_registry import ModelRegistry
@@ -178,7 +186,7 @@ def _adapters_text(verbose:bool) -> str:
         return ", ".join(getattr(ModelRegistry.get(name), "model_types", ())) or "by name, or when no other fits"
     return aligned([(name, types(name)) if verbose else (name,) for name in ModelRegistry.list_adapters()], 2)
 
-# %% ../nbs/summary.ipynb #8272396b
+# %% ../nbs/summary.ipynb #2debcb6f
 def list_text(
     verbose:bool=False, # Options, types, ranges, defaults; model types
 ) -> str:               # Everything registered, a third party's components among it
@@ -190,7 +198,7 @@ def list_text(
             + "\noutlier suppressors\n" + names(OutlierSuppressionRegistry.list_suppressors())
             + "\nformats\n" + names(FormatRegistry.list_formats()))
 
-# %% ../nbs/summary.ipynb #e5325930
+# %% ../nbs/summary.ipynb #e5b11506
 def info_text(
     info:Mapping[str, Any], # What `pipeline.info` returns
 ) -> str:                   # One fact per line

@@ -1,6 +1,8 @@
 """A made-up checkpoint with the names and shapes of a Llama: about 6 GB of bfloat16 in shards of 1 GB.
 
-    big_checkpoint.py FOLDER [--layers 13] [--shard-bytes 1000000000]
+    big_checkpoint.py FOLDER [--like 8b] [--layers 13] [--shard-bytes 1000000000]
+
+`--like 3b` has the shapes of a small Llama 3.2: 28 layers, 3.2 billion parameters, the output head tied to the embedding.
 
 Weights are one block of random numbers, repeated; so it is written as fast as the disk takes it.
 """
@@ -30,18 +32,22 @@ CONFIG = {
     "eos_token_id": 2,
 }
 
+SMALL = {"vocab_size": 128256, "hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 24, "tie_word_embeddings": True}
+LIKE = {"8b": (CONFIG, 13), "3b": (CONFIG | SMALL, 28)}
 
-def shapes(layers):
+
+def shapes(config, layers):
     "Name and shape of every tensor."
-    hidden, inner, keys = CONFIG["hidden_size"], CONFIG["intermediate_size"], 128 * CONFIG["num_key_value_heads"]
+    hidden, inner, keys = config["hidden_size"], config["intermediate_size"], 128 * config["num_key_value_heads"]
     attention = {"q": (hidden, hidden), "k": (keys, hidden), "v": (keys, hidden), "o": (hidden, hidden)}
     mlp = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
-    found = {"model.embed_tokens.weight": (CONFIG["vocab_size"], hidden)}
+    found = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
     for i in range(layers):
         found |= {f"model.layers.{i}.self_attn.{name}_proj.weight": shape for name, shape in attention.items()}
         found |= {f"model.layers.{i}.mlp.{name}_proj.weight": shape for name, shape in mlp.items()}
         found |= {f"model.layers.{i}.{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
-    return found | {"model.norm.weight": (hidden,), "lm_head.weight": (CONFIG["vocab_size"], hidden)}
+    head = {} if config["tie_word_embeddings"] else {"lm_head.weight": (config["vocab_size"], hidden)}
+    return found | {"model.norm.weight": (hidden,)} | head
 
 
 def bytes_of(shape):
@@ -77,7 +83,7 @@ def write_shard(path, tensors, block):
                 left -= file.write(memoryview(block)[: min(left, len(block))])
 
 
-def make(folder, layers, shard_bytes):
+def make(folder, config, layers, shard_bytes):
     "Write the checkpoint."
     import torch
 
@@ -88,16 +94,16 @@ def make(folder, layers, shard_bytes):
         .numpy()
     )
     folder.mkdir(parents=True)
-    parts, index = shards(shapes(layers), shard_bytes), {}
+    parts, index = shards(shapes(config, layers), shard_bytes), {}
     for number, part in enumerate(parts, 1):
         file = f"model-{number:05}-of-{len(parts):05}.safetensors"
         write_shard(folder / file, part, block)
         index |= dict.fromkeys(part, file)
-    total = sum(map(bytes_of, shapes(layers).values()))
+    total = sum(map(bytes_of, shapes(config, layers).values()))
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {"total_size": total}, "weight_map": index})
     )
-    (folder / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": layers}, indent=2))
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}, indent=2))
     print(f"{total / 1e9:.2f} GB in {len(parts)} shards", flush=True)
 
 
@@ -105,10 +111,12 @@ def main():
     "Parse the command line."
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--layers", type=int, default=13)
+    parser.add_argument("--like", choices=LIKE, default="8b")
+    parser.add_argument("--layers", type=int)
     parser.add_argument("--shard-bytes", type=int, default=10**9)
     given = parser.parse_args()
-    make(given.folder, given.layers, given.shard_bytes)
+    config, layers = LIKE[given.like]
+    make(given.folder, config, given.layers or layers, given.shard_bytes)
 
 
 if __name__ == "__main__":

@@ -169,7 +169,7 @@ def plan_model(
                      torch_dtype=torch_dtype, overrides=overrides)
     return plan, adapter, source
 
-# %% ../../nbs/core/in_memory.ipynb #4ba43dbe
+# %% ../../nbs/core/in_memory.ipynb #82e7897d
 def calibration_for(
     model,                 # A transformers model
     data:Any,              # What the call was given, see `as_calibration`
@@ -184,7 +184,7 @@ def calibration_for(
         raise UsageError(f"{name} measures activations and the model does not say which folder its tokenizer is in; give "
                          "calibration_data=load_calibration(None, folder, ...) of llmquant.calibration.data")
     return load_calibration(section.get("dataset"), folder, text.vocab_size, section.get("num_samples", 100), section.get("max_length", 2048),
-                            section.get("seed", 0), section.get("column"))
+                            section.get("seed") or 0, section.get("column"))
 
 # %% ../../nbs/core/in_memory.ipynb #27a0bc06
 def calibrate_model(
