@@ -28,8 +28,8 @@ def packed_layers(names,  # tensor names of an export
     "The quantized layers, in the order of the names."
     return [name.removesuffix(suffix) for name in names for suffix in PACKED if name.endswith(suffix)]
 
-# %% ../nbs/loading.ipynb #07895897
-FORMATS = {"compressed-tensors": "compressed_tensors", "gptq": "gptq", "awq": "awq"}
+# %% ../nbs/loading.ipynb #d467bb4e
+FORMATS = {"compressed-tensors": "compressed_tensors", "gptq": "gptq", "awq": "awq", "llmquant": "float_zeros"}
 
 def export_format(quantization_config: dict,  # of an export's config.json
                   where,                      # the export, for the message

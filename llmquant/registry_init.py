@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['register_quantizers', 'register_model_adapters', 'register_outlier_suppressors', 'register_formats']
 
-# %% ../nbs/registry_init.ipynb #e7b2894f
+# %% ../nbs/registry_init.ipynb #dfb0508b
 from .core.format_registry import FormatRegistry
 from .core.model_registry import ModelRegistry
 from .core.quantizer_registry import QuantizerRegistry
 from .formats.awq import AWQFormat
 from .formats.compressed_tensors import CompressedTensorsFormat
+from .formats.float_zeros import FloatZerosFormat
 from .formats.gptq import GPTQFormat
 from .models.base_adapter import BaseHuggingFaceAdapter
 from .models.deepseek_adapter import DeepSeekAdapter
@@ -41,9 +42,10 @@ def register_model_adapters():
 def register_outlier_suppressors():
     "Outlier suppressors; none is built in yet."
 
-# %% ../nbs/registry_init.ipynb #21fd39a1
+# %% ../nbs/registry_init.ipynb #1eae33bb
 def register_formats():
     "Layouts that vLLM loads."
     FormatRegistry.register("compressed_tensors", CompressedTensorsFormat)
     FormatRegistry.register("gptq", GPTQFormat)
     FormatRegistry.register("awq", AWQFormat)
+    FormatRegistry.register("float_zeros", FloatZerosFormat)

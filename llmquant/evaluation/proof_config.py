@@ -75,13 +75,15 @@ def read_report(export: Path) -> dict:
     if objection := report_objection(report): raise damaged(path, objection)
     return report
 
-# %% ../../nbs/evaluation/proof_config.ipynb #29f713e7
+# %% ../../nbs/evaluation/proof_config.ipynb #3e32a554
 NEEDED = {"compressed-tensors": {"format": str, "config_groups": dict, "ignore": list},
+          "llmquant": {"format": str, "config_groups": dict, "ignore": list},
           "gptq": {"bits": int, "group_size": int, "desc_act": bool, "sym": bool, "checkpoint_format": str,
                    "lm_head": bool, "dynamic": dict},
           "awq": {"bits": int, "group_size": int, "zero_point": bool, "version": str, "lm_head": bool,
                   "modules_to_not_convert": list}}
-FIXED = {"compressed-tensors": {"format": "pack-quantized"}, "gptq": {"desc_act": False, "sym": True},
+FIXED = {"compressed-tensors": {"format": "pack-quantized"}, "llmquant": {"format": "float-zeros"},
+         "gptq": {"desc_act": False, "sym": True},
          "awq": {"bits": 4, "zero_point": True, "version": "gemm"}}
 
 # %% ../../nbs/evaluation/proof_config.ipynb #9b712679

@@ -42,7 +42,7 @@ class AWQFormat(BaseFormat):
     "AWQ's layout (its GEMM version), 4 bits."
     name = "awq"
 
-# %% ../../nbs/formats/awq.ipynb #08b6d2d0
+# %% ../../nbs/formats/awq.ipynb #a8dd43b7
 _GROUPS = 32, 64, 128
 
 @patch
@@ -52,6 +52,7 @@ def objection(self:AWQFormat,
     in_features:int,    # K
 ) -> str:               # "" when vLLM loads it, else why not and what to use instead
     "Why vLLM would not load a layer of this shape on this grid."
+    if scheme.float_zeros: return "this layout has no place for float zero points; use format float_zeros or auto"
     if scheme.bits != 4: return f"vLLM reads awq at 4 bits only, not {scheme.bits}; use format compressed_tensors"
     if scheme.granularity == "group" and scheme.group_size not in _GROUPS:
         return (f"vLLM reads awq with groups of 32, 64, 128 or -1, not {scheme.group_size}; "

@@ -42,7 +42,7 @@ class CompressedTensorsFormat(BaseFormat):
         "How far symmetric codes move so that the container's understood zero is theirs."
         return 2**(self.stored_bits(scheme) - 1) - scheme.middle if scheme.symmetric else 0
 
-# %% ../../nbs/formats/compressed_tensors.ipynb #94c055a4
+# %% ../../nbs/formats/compressed_tensors.ipynb #9b8e237f
 @patch
 def objection(self:CompressedTensorsFormat,
     scheme:QuantScheme, # The weight's grid
@@ -50,6 +50,7 @@ def objection(self:CompressedTensorsFormat,
     in_features:int,    # K
 ) -> str:               # "" when vLLM loads it, else why not and what to use instead
     "Why vLLM would not load a layer of this shape on this grid."
+    if scheme.float_zeros: return "this layout has no place for float zero points; use format float_zeros or auto"
     bits, stored = scheme.bits, self.stored_bits(scheme)
     if not scheme.symmetric and stored not in (4, 8):
         remedy = "container int4 or symmetric" if bits in (2, 3) else "symmetric, or 4 or 8 bits"

@@ -24,7 +24,7 @@ class GPTQFormat(BaseFormat):
     "GPTQ's layout, symmetric, without activation order."
     name = "gptq"
 
-# %% ../../nbs/formats/gptq.ipynb #396975f1
+# %% ../../nbs/formats/gptq.ipynb #11d114de
 _GROUPS = 32, 64, 128
 
 @patch
@@ -34,6 +34,7 @@ def objection(self:GPTQFormat,
     in_features:int,    # K
 ) -> str:               # "" when vLLM loads it, else why not and what to use instead
     "Why vLLM would not load a layer of this shape on this grid."
+    if scheme.float_zeros: return "this layout has no place for float zero points; use format float_zeros or auto"
     if scheme.bits not in (4, 8):
         return f"vLLM reads gptq at 4 and 8 bits only, not {scheme.bits}; use format compressed_tensors"
     if not scheme.symmetric:

@@ -6,13 +6,14 @@
 __all__ = ['stream_codes', 'interleaved_codes', 'StoredTensor', 'read_safetensors', 'Unpacked', 'scheme_values', 'group_weights',
            'unpack_layer']
 
-# %% ../../nbs/formats/unpackers.ipynb #83d4b4cf
+# %% ../../nbs/formats/unpackers.ipynb #fa53f0d4
 import hashlib
 import json
 import numpy as np
 from pathlib import Path
 from typing import NamedTuple
 from ..core.errors import ProofError, UsageError
+from .float_zeros_unpacker import unpack_float_zeros
 
 # %% ../../nbs/formats/unpackers.ipynb #66dfc258
 def stream_codes(
@@ -101,13 +102,13 @@ def read_safetensors(
         raise UsageError(f"{index}: tensor {sorted(stray)[0]} is not where the index says")
     return tensors
 
-# %% ../../nbs/formats/unpackers.ipynb #a6e953b7
+# %% ../../nbs/formats/unpackers.ipynb #cacde4b6
 class Unpacked(NamedTuple):
     "A weight as an export holds it."
     codes: np.ndarray  # uint8 [out_features, in_features]
     scales: np.ndarray # [out_features, groups]; float16, float32, or for BF16 the upper half of a float32 as uint16
     scale_dtype: str   # "F16", "BF16" or "F32"
-    zeros: np.ndarray  # uint8 [out_features, groups]
+    zeros: np.ndarray  # uint8 [out_features, groups]; float32 for float zero points
 
     def digest(self) -> str:
         "SHA-256 over codes, scales and zeros: the digest of the `QuantizedWeight` that was packed."
@@ -195,8 +196,13 @@ def _unpack_awq(tensors:dict, layer:str, config:dict, columns:int, rows:int, gro
     scales = _take(tensors, f"{layer}.scales", _SCALES, (groups, rows))
     return Unpacked(interleaved_codes(packed).T, scales.T, tensors[f"{layer}.scales"].dtype, interleaved_codes(zeros).T)
 
-# %% ../../nbs/formats/unpackers.ipynb #073efe4c
-_LAYOUTS = {"compressed-tensors": _unpack_compressed_tensors, "gptq": _unpack_gptq, "awq": _unpack_awq}
+# %% ../../nbs/formats/unpackers.ipynb #9a2ebea6
+def _unpack_float_zeros(tensors:dict, layer:str, config:dict, columns:int, rows:int, groups:int) -> Unpacked:
+    "Our own layout, read by a module of its own."
+    return Unpacked(*unpack_float_zeros(tensors, layer, scheme_values(config, layer)["bits"], rows, columns, groups))
+
+_LAYOUTS = {"compressed-tensors": _unpack_compressed_tensors, "gptq": _unpack_gptq, "awq": _unpack_awq,
+            "llmquant": _unpack_float_zeros}
 
 def unpack_layer(
     tensors:dict,             # What `read_safetensors` gave
