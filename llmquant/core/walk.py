@@ -119,7 +119,7 @@ def quantize_layer(
     notes = dict(stats.notes) if stats is not None else {}
     return quantized, LayerResult(layer, error, quantized.digest(), time.perf_counter() - start, notes)
 
-# %% ../../nbs/core/walk.ipynb #6a579bbe
+# %% ../../nbs/core/walk.ipynb #146c656c
 def quantize_stack(
     quantizer,                # A configured quantizer whose `stacks_rows` is true
     layers:list[LayerPlan],   # Linears with one input and one scheme
@@ -132,7 +132,9 @@ def quantize_stack(
     names = [l.name.rpartition(".")[2] for l in layers[1:]]
     name = f"{layers[0].name}{f' (with {chr(44).join(names)})' if names else ''}"
     whole = replace(layers[0], name=name, out_features=sum(rows))
-    quantized, result = quantize_layer(quantizer, whole, torch.cat(weights), device, stats)
+    stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
+    quantized, result = quantize_layer(quantizer, whole, stacked, device, stats)
+    del stacked
     parts = zip(*(t.split(rows) for t in (quantized.codes, quantized.scales, quantized.zeros)))
     found = []
     for layer, weight, part in zip(layers, weights, parts):
