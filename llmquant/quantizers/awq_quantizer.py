@@ -117,7 +117,7 @@ def _best_of_part(part:Tensor, blocks:Tensor, scheme:QuantScheme) -> tuple[Tenso
         best, scales, zeros = (torch.where(better, a, b) for a, b in ((error, best), (s, scales), (z, zeros)))
     return scales, zeros
 
-# %% ../../nbs/quantizers/awq_quantizer.ipynb #9c3ecff3
+# %% ../../nbs/quantizers/awq_quantizer.ipynb #8fe7df2e
 class AWQQuantizer(BaseQuantizer):
     "Columns scaled by the size of what they are given, then rounded on clipped ranges."
     name = "awq"
@@ -127,6 +127,8 @@ class AWQQuantizer(BaseQuantizer):
         SYMMETRIC,
         Option("n_grid", int, 20, "exponents tried for the factors of each smoothing pair; 0 leaves out the factors",
                minimum=0, maximum=200),
+        Option("activations", str, "maxima", "how the size of a channel is measured on the calibration text",
+               choices=("maxima", "means")),
         Option("duo_scaling", bool, False, "let the weights' magnitudes have their part in the factors"),
         Option("clip", bool, True, "shrink each group's range while that lowers the error of the outputs"),
     )
@@ -163,7 +165,7 @@ def check_statistics(
         raise UsageError(f"the Hessian of {name} is zero after {stats.tokens} calibration tokens: nothing reached "
                          "it; use more or other calibration data, or leave it in float")
 
-# %% ../../nbs/quantizers/awq_quantizer.ipynb #8398b294
+# %% ../../nbs/quantizers/awq_quantizer.ipynb #a29560d8
 @patch
 def best_scale(self:AWQQuantizer,
     layers:list[tuple[Tensor, QuantScheme]], # Weight and grid of each quantized consumer
@@ -175,9 +177,9 @@ def best_scale(self:AWQQuantizer,
     columns = None
     if self.current()["duo_scaling"]:
         columns = per_channel(torch.stack([column_sizes(*layer) for layer in layers]).mean(0), pair)
-    channel = pair.producer_channel(len(stats.means)).to(stats.means.device)
-    found, plain = (float("inf"), 0., None), None
-    for alpha, s in candidates(per_channel(stats.means, pair), self.current()["n_grid"], columns):
+    sizes = getattr(stats, self.current()["activations"])
+    channel, found, plain = pair.producer_channel(len(sizes)).to(sizes.device), (float("inf"), 0., None), None
+    for alpha, s in candidates(per_channel(sizes, pair), self.current()["n_grid"], columns):
         s = power_of_two(s) if exact else s
         error = sum(scaled_error(weight, s[channel], scheme, stats.hessian) for weight, scheme in layers)
         plain = error if plain is None else plain
