@@ -17,20 +17,20 @@ from ..core.scheme import QuantScheme
 from ..core.statistics import LayerStats
 from .gptq_solver import Sweep, inverse_factor
 
-# %% ../../nbs/quantizers/gptq_quantizer.ipynb #951a19bb
+# %% ../../nbs/quantizers/gptq_quantizer.ipynb #99a20dc3
 class GPTQQuantizer(BaseQuantizer):
     "Columns rounded one by one, the error of each taken up by those still to come."
     name = "gptq"
     data_free, stacks_rows, supported_bits = False, True, (2, 3, 4, 8)
     options = (
         SYMMETRIC,
-        Option("damp_percent", float, 0.01, "share of the Hessian's mean diagonal added to its diagonal; raised when needed",
+        Option("damp_percent", float, 0.01, "share of the Hessian's mean diagonal added to the diagonal; raised if needed",
                minimum=0.0, maximum=1.0),
-        Option("desc_act", bool, "auto", "round columns by falling activation size; groups keep their columns", auto=True),
+        Option("desc_act", bool, "auto", "round columns by falling activation size; groups stay as they are", auto=True),
         Option("static_groups", bool, False, "find all groups' grids before anything is rounded"),
         Option("true_sequential", bool, False, "measure each Linear of a block after those before it are quantized"),
-        Option("dynamic_range", str, "mse", "how a group's range is found when its turn comes", choices=("minmax", "mse")),
-        Option("propagate", float, 0.25, "how far each layer makes up for the error of those before it; 0 is not at all",
+        Option("dynamic_range", str, "mse", "how the range of a group is found, on its turn", choices=("minmax", "mse")),
+        Option("propagate", float, 0.25, "how far a layer makes up for the error of those before it, 0 to 1",
                minimum=0.0, maximum=1.0),
     )
 
@@ -103,7 +103,7 @@ def output_error(
     whole = size(weight)
     return (max(size(quantized - weight), 0) / whole)**.5 if whole > 0 else 0.
 
-# %% ../../nbs/quantizers/gptq_quantizer.ipynb #87bb92be
+# %% ../../nbs/quantizers/gptq_quantizer.ipynb #a6f34292
 @patch
 def _sweep(self:GPTQQuantizer, weight:Tensor, stats:LayerStats, scheme:QuantScheme) -> tuple[Sweep, dict]:
     "A finished sweep over `weight`, and what there is to say of it."
@@ -117,17 +117,17 @@ def _sweep(self:GPTQQuantizer, weight:Tensor, stats:LayerStats, scheme:QuantSche
     if not in_turn: sweep.fit_all()
     sweep.run(in_turn=in_turn)
     notes = {"damp_percent": damp, "dead_columns": int((diagonal == 0).sum())}
-    if by_size and scheme.granularity == "group": notes["desc_act"] = "static order: groups keep their columns, no g_idx"
+    if by_size and scheme.granularity == "group": notes["desc_act"] = "static order: groups stay, no g_idx"
     return sweep, notes
 
-# %% ../../nbs/quantizers/gptq_quantizer.ipynb #ea06f21b
+# %% ../../nbs/quantizers/gptq_quantizer.ipynb #86ec8e67
 @patch
 def quantize_weight(self:GPTQQuantizer,
     weight:Tensor,      # [out_features, in_features], any float dtype
     stats:LayerStats,   # Hessian and, to propagate, cross, which is used up
     scheme:QuantScheme, # The grid
 ) -> QuantizedWeight:
-    "Round `weight` against its Hessian; `stats.notes` gets damping, dead columns and the relative error of the outputs."
+    "Round `weight` against its Hessian; `stats.notes` gets damping, dead columns and the outputs' relative error."
     weight = weight.detach().to(torch.float32)
     self.check_statistics(stats, weight.shape[1])
     sweep, notes = self._sweep(weight, stats, scheme)

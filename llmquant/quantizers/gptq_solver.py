@@ -44,14 +44,14 @@ def reverse_(
     if n % 2: matrix[n // 2] = matrix[n // 2].flip(0)
     return matrix
 
-# %% ../../nbs/quantizers/gptq_solver.ipynb #b937773d
+# %% ../../nbs/quantizers/gptq_solver.ipynb #1c07b2fe
 LARGEST_DAMP = 1.0 # Above it the Hessian is mostly damping
 
 def inverse_factor(
     hessian:Tensor, # float32 [in_features, in_features], left as it is
     order:Tensor,   # [in_features], the columns in the order in which they will be rounded
     damp:float,     # Share of the mean of the diagonal that is added to the diagonal, at least 0
-) -> tuple[Tensor, float]: # The upper factor U of the inverse, rows and columns in that order, and the share that sufficed
+) -> tuple[Tensor, float]: # The upper factor U of the inverse, in that order, and the share that sufficed
     "Factor the inverse of the damped Hessian; `UsageError` when no damping helps."
     diagonal, backwards = hessian.diagonal(), order.flip(0)
     live, floor = diagonal > 0, torch.finfo(hessian.dtype).eps
@@ -61,7 +61,8 @@ def inverse_factor(
         factor = hessian[backwards[:, None], backwards]
         factor.diagonal().copy_(start + damp * mean)
         pivots = start + damp * mean
-        failed = torch.linalg.cholesky_ex(factor, out=(factor, torch.empty(0, dtype=torch.int32, device=factor.device)))[1]
+        failed = torch.empty(0, dtype=torch.int32, device=factor.device)
+        torch.linalg.cholesky_ex(factor, out=(factor, failed))
         if not failed and (factor.diagonal().square() > floor * pivots).all():
             invert_triangle_(factor)
             return reverse_(factor), damp
@@ -69,7 +70,7 @@ def inverse_factor(
     raise UsageError(f"the Hessian has no Cholesky factor, even with {damp / 10:.3g} of its mean diagonal added; "
                      "check the calibration data for extreme activations, or leave the layer in float")
 
-# %% ../../nbs/quantizers/gptq_solver.ipynb #e6f44550
+# %% ../../nbs/quantizers/gptq_solver.ipynb #381ca988
 def _errors(group:Tensor, importance:Tensor, scales:Tensor, zeros:Tensor, qmax:int) -> Tensor:
     "Weighted squared errors [candidates, out_features] of a transposed group [width, out_features] on each grid."
     width, rows = group.shape
@@ -77,7 +78,8 @@ def _errors(group:Tensor, importance:Tensor, scales:Tensor, zeros:Tensor, qmax:i
     for start in range(0, rows, step): # what one pass touches stays in the cache
         part = group[:, start:start + step]
         exact, rounded = torch.empty_like(part), torch.empty_like(part)
-        for k, (scale, zero) in enumerate(zip(scales[:, start:start + step].float(), zeros[:, start:start + step].float())):
+        grids = scales[:, start:start + step].float(), zeros[:, start:start + step].float()
+        for k, (scale, zero) in enumerate(zip(*grids)):
             torch.addcmul(zero, part, scale.reciprocal(), out=exact)
             torch.round(exact, out=rounded).clamp_(0, qmax).sub_(exact).square_()
             errors[k, start:start + step] = (importance @ rounded).mul_(scale.square())
@@ -100,12 +102,12 @@ def search_grid(
     best = errors.argmin(0, keepdim=True)
     return scales.gather(0, best)[0], zeros.gather(0, best)[0]
 
-# %% ../../nbs/quantizers/gptq_solver.ipynb #5ac89bb2
+# %% ../../nbs/quantizers/gptq_solver.ipynb #056fb012
 @dataclass
 class Sweep:
     "A weight on its way to codes. Columns stand in the order in which they are rounded."
     weight: Tensor      # float32 [in_features, out_features], contiguous; becomes the error w - ŵ of each column
-    factor: Tensor      # float32 [in_features, in_features], from `inverse_factor`; its rows are divided by its diagonal
+    factor: Tensor      # float32 [in_features, in_features], from `inverse_factor`; rows are scaled in place
     importance: Tensor  # float32 [in_features], the Hessian's diagonal
     order: Tensor       # int64 [in_features], which column of the layer stands at each place
     scheme: QuantScheme # The grid
