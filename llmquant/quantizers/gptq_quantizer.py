@@ -17,19 +17,19 @@ from ..core.scheme import QuantScheme
 from ..core.statistics import LayerStats
 from .gptq_solver import Sweep, inverse_factor
 
-# %% ../../nbs/quantizers/gptq_quantizer.ipynb #99a20dc3
+# %% ../../nbs/quantizers/gptq_quantizer.ipynb #870017fc
 class GPTQQuantizer(BaseQuantizer):
     "Columns rounded one by one, the error of each taken up by those still to come."
     name = "gptq"
     data_free, stacks_rows, supported_bits = False, True, (2, 3, 4, 8)
     options = (
         SYMMETRIC,
-        Option("damp_percent", float, 0.01, "share of the Hessian's mean diagonal added to the diagonal; raised if needed",
+        Option("damp_percent", float, 0.01, "share of the Hessian's mean diagonal added to it; raised if needed",
                minimum=0.0, maximum=1.0),
-        Option("desc_act", bool, "auto", "round columns by falling activation size; groups stay as they are", auto=True),
+        Option("desc_act", bool, "auto", "round columns by falling activation size; groups stay", auto=True),
         Option("static_groups", bool, False, "find all groups' grids before anything is rounded"),
         Option("true_sequential", bool, False, "measure each Linear of a block after those before it are quantized"),
-        Option("dynamic_range", str, "mse", "how the range of a group is found, on its turn", choices=("minmax", "mse")),
+        Option("dynamic_range", str, "mse", "how a group's range is found, on its turn", choices=("minmax", "mse")),
         Option("propagate", float, 0.25, "how far a layer makes up for the error of those before it, 0 to 1",
                minimum=0.0, maximum=1.0),
     )
