@@ -248,6 +248,10 @@ def test_options_and_layout():
     layout = {b: quantizer.preferred_format(quantizer.make_scheme(b, 64, torch.float16)) for b in (2, 3, 4, 8)}
     assert layout == {2: "compressed_tensors", 3: "compressed_tensors", 4: "gptq", 8: "gptq"}
     assert GPTQQuantizer().preferred_format(QuantScheme(bits=4)) == "compressed_tensors"
+    odd = QuantScheme(bits=4, symmetric=True, group_size=96)  # vLLM's gptq has no such group
+    assert GPTQQuantizer().preferred_format(odd) == "compressed_tensors"
+    channel = QuantScheme(bits=8, symmetric=True, granularity="channel", group_size=0)
+    assert GPTQQuantizer().preferred_format(channel) == "gptq"
     for options, message in (({"damp": 1}, "unknown option; known: symmetric, damp_percent"), ({"propagate": 1.5}, "between 0.0 and 1.0"),
                              ({"dynamic_range": "percentile"}, "minmax, mse"), ({"desc_act": "yes"}, "auto")):
         with pytest.raises(UsageError, match=message):

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['GPTQQuantizer', 'corrected_', 'output_error']
 
-# %% ../../nbs/quantizers/gptq_quantizer.ipynb #e1709163
+# %% ../../nbs/quantizers/gptq_quantizer.ipynb #0e9f20d8
 import torch
 from fastcore.basics import patch
 from torch import Tensor
 from ..core.errors import UsageError
+from ..core.format_registry import FormatRegistry
 from ..core.options import SYMMETRIC, Option
 from ..core.qtensor import QuantizedWeight
 from ..core.quantizer_registry import BaseQuantizer
@@ -17,7 +18,7 @@ from ..core.scheme import QuantScheme
 from ..core.statistics import LayerStats
 from .gptq_solver import Sweep, inverse_factor
 
-# %% ../../nbs/quantizers/gptq_quantizer.ipynb #870017fc
+# %% ../../nbs/quantizers/gptq_quantizer.ipynb #1518d796
 class GPTQQuantizer(BaseQuantizer):
     "Columns rounded one by one, the error of each taken up by those still to come."
     name = "gptq"
@@ -42,7 +43,8 @@ class GPTQQuantizer(BaseQuantizer):
         scheme:QuantScheme, # The grid in use
     ) -> str:               # A format's name
         "GPTQ's own layout where vLLM takes it."
-        return "gptq" if scheme.symmetric and scheme.bits in (4, 8) else "compressed_tensors"
+        objection = FormatRegistry.get("gptq")().objection(scheme, 32, 32 * max(scheme.group_size, 1))
+        return "compressed_tensors" if objection else "gptq"
 
 # %% ../../nbs/quantizers/gptq_quantizer.ipynb #9ee3c156
 @patch
