@@ -196,7 +196,7 @@ def solve(self:BlockWalk,
         modules[result.layer.name].weight.data.copy_(quantized.dequantize(torch.float32))
     return found
 
-# %% ../../nbs/core/block_walk.ipynb #7c71abd3
+# %% ../../nbs/core/block_walk.ipynb #52600f14
 @patch
 def quantize_block(self:BlockWalk,
     index:int, block:nn.Module,    # The block, in float
@@ -214,12 +214,12 @@ def quantize_block(self:BlockWalk,
     view = BlockView(index, self.plan.dtype, dict(plans), {n: measured[names[0]] for names in groups for n in names}, pairs, find)
     if self.edits: self.prepare(index, block, view)
     del measured # so that a Linear's statistics go when it is quantized
-    found = []
-    for names in groups:
+    found = {}
+    for names in sorted(groups, key=lambda names: sum(modules[n].weight.numel() for n in names)): # large weights when most statistics are gone
         stats = view.stats[names[0]]
         for name in names: del view.stats[name]
-        found += self.solve({n: modules[n] for n in names}, plans, stats)
-    return found, view.edited
+        found |= {r.layer.name: (q, r) for q, r in self.solve({n: modules[n] for n in names}, plans, stats)}
+    return [found[name] for names in groups for name in names], view.edited
 
 # %% ../../nbs/core/block_walk.ipynb #d763967c
 @patch(as_prop=True)
