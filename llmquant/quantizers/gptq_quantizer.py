@@ -72,16 +72,13 @@ def check_statistics(self:GPTQQuantizer,
         raise UsageError(f"the Hessian is zero after {stats.tokens} calibration tokens: nothing reached the layer; "
                          "use more or other calibration data, or leave the layer in float")
 
-# %% ../../nbs/quantizers/gptq_quantizer.ipynb #9872b513
+# %% ../../nbs/quantizers/gptq_quantizer.ipynb #3099f3b3
 @patch
 def rounding_order(self:GPTQQuantizer,
-    diagonal:Tensor,    # [in_features], the Hessian's
-    scheme:QuantScheme, # The grid
+    diagonal:Tensor, # [in_features], the Hessian's
 ) -> tuple[Tensor, bool]: # The columns in the order in which they are rounded, and whether that is by activation size
-    "By falling activation size when `desc_act` says so, natural otherwise."
-    by_size = self.current()["desc_act"]
-    if by_size == "auto": by_size = False
-    if by_size: return diagonal.argsort(descending=True, stable=True), True
+    "By falling activation size when `desc_act` is true; natural when it is false or auto."
+    if self.current()["desc_act"] is True: return diagonal.argsort(descending=True, stable=True), True
     return torch.arange(len(diagonal), device=diagonal.device), False
 
 # %% ../../nbs/quantizers/gptq_quantizer.ipynb #1b523735
@@ -105,12 +102,12 @@ def output_error(
     whole = size(weight)
     return (max(size(quantized - weight), 0) / whole)**.5 if whole > 0 else 0.
 
-# %% ../../nbs/quantizers/gptq_quantizer.ipynb #a6f34292
+# %% ../../nbs/quantizers/gptq_quantizer.ipynb #f7817096
 @patch
 def _sweep(self:GPTQQuantizer, weight:Tensor, stats:LayerStats, scheme:QuantScheme) -> tuple[Sweep, dict]:
     "A finished sweep over `weight`, and what there is to say of it."
     settings, diagonal = self.current(), stats.hessian.diagonal().clone()
-    order, by_size = self.rounding_order(diagonal, scheme)
+    order, by_size = self.rounding_order(diagonal)
     target = weight.T[order]
     if settings["propagate"] > 0: shift, stats.cross = (stats.cross.T @ weight.T)[order], None
     factor, damp = inverse_factor(stats.hessian, order, settings["damp_percent"])
