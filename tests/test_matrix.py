@@ -23,6 +23,7 @@ FOUR = [
 ]
 PLUGIN = [matrix.Row("llama", **grid) for grid in matrix.pairwise(matrix.GRID)]
 PLUGIN += [matrix.Row(model, **grid) for model in matrix.FAMILIES for grid in FOUR]
+PLUGIN += [row for row in matrix.methods() if row.model == "llama"]
 STOCK = [
     matrix.Row("llama", 4, False, "group 64", loader="stock"),
     matrix.Row("llama", 4, True, "channel", loader="stock"),
@@ -30,6 +31,10 @@ STOCK = [
     matrix.Row("llama", 3, True, "group 32", container="int4", loader="stock"),
     matrix.Row("llama", 4, True, "group 64", format="gptq", loader="stock"),
     matrix.Row("llama", 4, False, "group 32", format="awq", loader="stock"),
+    matrix.Row("llama", 4, True, "group 64", format="gptq", loader="stock", method="gptq"),
+    matrix.Row("qwen2", 4, False, "group 64", format="awq", loader="stock", method="awq"),
+    matrix.Row("deepseek_v3", 4, False, "group 64", loader="stock", method="gptq"),
+    matrix.Row("qwen3", 3, False, "group 64", loader="stock", method="hqq"),
 ]
 
 
@@ -70,7 +75,7 @@ def test_matrix_is_whole_on_llama_and_pairwise_elsewhere():
     rows = matrix.all_rows("cpu")
     assert len({row.name for row in rows}) == len(rows)
     count = {
-        model: sum(row.model == model and row.loader == "plugin" for row in rows)
+        model: sum(row.model == model and row.loader == "plugin" and row.method == "minmax" for row in rows)
         for model in ("llama", *matrix.FAMILIES)
     }
     assert count == {"llama": 32, "qwen2": 16, "qwen3": 16, "deepseek_v3": 16}

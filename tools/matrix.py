@@ -5,9 +5,9 @@
     matrix.py --rows 'llama .* plugin'         only rows whose names match
     matrix.py --budget-seconds 400             begin no more chunks of rows after that
 
-A row is a tiny model quantized by MinMax, exported, loaded by vLLM in float16 and compared with the dequantized export
+A row is a tiny model quantized, exported, loaded by vLLM in float16 and compared with the dequantized export
 in transformers (float32) at 4 x 48 tokens: the mean KL divergence must be at most 1e-4. `plugin` rows ask for
-`quantization="minmax"`; `stock` rows run without plugins, wherever vLLM has a kernel of its own for that layout on that
+`quantization="minmax"`, or the name of another method that made them; `stock` rows run without plugins, wherever vLLM has a kernel of its own for that layout on that
 platform. Mixtures of experts are judged at the positions where the router does not hang on rounding. Llama gets the
 whole product; the other families get rows that hold each pair of settings. Rows are written as each chunk ends, and a
 run that was stopped goes on where it was, unless --fresh.
@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from threading import Lock
@@ -52,13 +52,15 @@ class Row:
     format: str = "compressed_tensors"
     container: str = "auto"
     loader: str = "plugin"
+    method: str = "minmax"
 
     @property
     def name(self):
         "For people, and for --rows."
         layout = self.format + (f" {self.container}" if self.container != "auto" else "")
+        made = "" if self.method == "minmax" else f" {self.method}"
         return (
-            f"{self.model} W{self.bits} {self.granularity} {'symmetric' if self.symmetric else 'asymmetric'} "
+            f"{self.model}{made} W{self.bits} {self.granularity} {'symmetric' if self.symmetric else 'asymmetric'} "
             f"{layout} {self.loader}"
         )
 
@@ -98,6 +100,8 @@ def native(row, platform):
         return row.symmetric and row.bits in ((4,) if platform == "cpu" else (4, 8))
     if row.format == "awq":
         return row.bits == 4
+    if row.format == "float_zeros":
+        return False
     return row.stored_bits == 4 or platform == "cuda"
 
 
@@ -117,7 +121,18 @@ def all_rows(platform):
         if grid["bits"] < 4 and grid["symmetric"]
     ]
     stock += [Row(model, **grid, loader="stock") for model in FAMILIES for grid in pairwise(GRID)]
-    return rows + [row for row in stock if native(row, platform)]
+    stock += [replace(row, loader="stock") for row in methods()]
+    return rows + methods() + [row for row in stock if native(row, platform)]
+
+
+def methods():
+    "What calibrated methods and HQQ export by default, on every family."
+    made = [("gptq", 4, True, "gptq"), ("gptq", 4, False, "compressed_tensors"), ("gptq", 3, False, "compressed_tensors")]
+    made += [("awq", 4, False, "awq"), ("awq", 4, True, "awq"), ("awq", 3, False, "compressed_tensors")]
+    made += [("hqq", 4, False, "compressed_tensors"), ("hqq", 3, False, "compressed_tensors"), ("hqq", 3, False, "float_zeros")]
+    rows = [Row(model, bits, symmetric, "group 64", format, method=method)
+            for model in ("llama", *FAMILIES) for method, bits, symmetric, format in made]
+    return [row for row in rows if row.format != "float_zeros" or row.model == "llama"]
 
 
 # --- one row ----------------------------------------------------------------------------------------------------------
@@ -125,8 +140,11 @@ def all_rows(platform):
 def base(model, folder):
     "The tiny checkpoint of a family."
     import tiny
+    import tiny_tokenizer
 
-    return tiny.make(model, Path(folder) / "base" / model)
+    path = tiny.make(model, Path(folder) / "base" / model)
+    tiny_tokenizer.save(path)
+    return path
 
 
 def export(row, folder, number):
@@ -134,18 +152,22 @@ def export(row, folder, number):
     from llmquant.pipeline import quantize
 
     group_size, options = GRANULARITIES[row.granularity]
-    config = {"quantization": {"minmax": {**options, "symmetric": row.symmetric}}}
+    options = {**(options if row.method == "minmax" else {}), "symmetric": row.symmetric}
+    if row.format == "float_zeros":
+        options["float_zeros"] = True
+    text = {} if row.method in ("minmax", "hqq") else {"calibration.num_samples": 8, "calibration.max_length": 64}
     out = Path(folder) / f"{number}"
     quantize(
         base(row.model, str(folder)),
         out,
-        method="minmax",
+        method=row.method,
         bits=row.bits,
         group_size=group_size,
         format=row.format,
         container=row.container,
-        config=config,
+        config={"quantization": {row.method: options}},
         device="cpu",
+        **text,
     )
     return out
 
@@ -181,7 +203,7 @@ def run_rows(rows, folder):
             found[number] = {"passed": False, "error": f"export: {error}"}
             continue
         prompts = teacher_tokens(out, read_json(out / "config.json"))
-        jobs[number] = Job(str(out), prompts, quantization="minmax" if row.loader == "plugin" else None)
+        jobs[number] = Job(str(out), prompts, quantization=row.method if row.loader == "plugin" else None)
     stock = rows[0].loader == "stock"
     answers = ask_vllm_many(list(jobs.values()), stock) if jobs else []
     for (number, job), said in zip(jobs.items(), answers, strict=True):
