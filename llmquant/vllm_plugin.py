@@ -4,13 +4,11 @@
 
 # %% auto #0
 __all__ = ['METHOD', 'unpack', 'pack4', 'rows_first', 'codes_of', 'read_layer', 'dequantize', 'native_kernel', 'container',
-           'repack_', 'unpack_', 'repack_kernel', 'finish_', 'first_part', 'grid_of', 'groups_of', 'declare_',
-           'unpack_floating_', 'floating_linear', 'floating_config', 'weight_layouts', 'layer_sizes', 'stock_serves',
-           'claim', 'gptq_linear', 'gptq_method', 'native_config', 'method_class', 'register']
+           'repack_', 'unpack_', 'repack_kernel', 'finish_', 'weight_layouts', 'layer_sizes', 'stock_serves', 'claim',
+           'gptq_linear', 'gptq_method', 'native_config', 'method_class', 'register']
 
-# %% ../nbs/vllm_plugin.ipynb #0a14ad2d
+# %% ../nbs/vllm_plugin.ipynb #4162e19f
 import dataclasses
-from fractions import Fraction
 from functools import cache, partial
 
 import torch
@@ -159,128 +157,7 @@ def finish_(layer: torch.nn.Module,  # a vLLM Linear, loaded; changed in place
     kernel.plain = UnquantizedLinearMethod()
     kernel.plain.process_weights_after_loading(layer)
 
-# %% ../nbs/vllm_plugin.ipynb #8d6d1815
-def first_part(prefix: str,    # name of a vLLM layer, such as "model.layers.0.self_attn.qkv_proj"
-               mapping: dict,  # vLLM's packed_modules_mapping
-               ) -> str:
-    "The name that the layer, or the first part of a fused one, has in the checkpoint."
-    path, _, last = prefix.rpartition(".")
-    part = mapping.get(last, [last])[0]
-    return f"{path}.{part}" if path else part
-
-# %% ../nbs/vllm_plugin.ipynb #d5dce926
-def grid_of(config: dict,  # a checkpoint's quantization_config
-            layer: str,    # a layer's name in the checkpoint
-            ) -> dict:
-    "The values of a layer's own scheme, or of the one that most layers have."
-    return (config.get("llmquant_overrides") or {}).get(layer) or config["llmquant_scheme"]
-
-# %% ../nbs/vllm_plugin.ipynb #2b29fa15
-def groups_of(grid: dict,    # values of a scheme
-              columns: int,  # in_features on this GPU
-              whole: int,    # in_features
-              prefix: str,   # the layer's name, for the message
-              ) -> int:
-    "Scales in a row on this GPU; `ValueError` when a group or a word would be cut in two."
-    width = grid["group_size"] if grid["granularity"] == "group" else whole
-    if columns % width or columns != whole and columns * grid["bits"] % 32:
-        raise ValueError(f"{prefix}: {columns} of {whole} inputs on one GPU cut a group of {width} weights or a word "
-                         "in two; use fewer GPUs or smaller groups")
-    return columns // width
-
-# %% ../nbs/vllm_plugin.ipynb #f065fae4
-def declare_(layer: torch.nn.Module,  # a vLLM Linear; parameters are added
-             grid: dict,              # values of its scheme
-             rows: int,               # out_features on this GPU, fused parts together
-             columns: int,            # in_features on this GPU
-             groups: int,             # scales in a row
-             dtype: torch.dtype,      # of the model
-             loader):                 # vLLM's weight loader
-    "Register packed codes, scales, float zero points, and the shape."
-    from vllm.model_executor.parameter import BasevLLMParameter, GroupQuantScaleParameter, PackedvLLMParameter
-    words = -(-columns * grid["bits"] // 32)
-    layer.register_parameter("weight_packed", PackedvLLMParameter(
-        data=torch.empty(rows, words, dtype=torch.int32), input_dim=1, output_dim=0, packed_dim=1,
-        packed_factor=Fraction(32, grid["bits"]), weight_loader=loader))
-    for name, kind in ("weight_scale", dtype), ("weight_zero_point", torch.float32):
-        layer.register_parameter(name, GroupQuantScaleParameter(
-            data=torch.empty(rows, groups, dtype=kind), input_dim=1, output_dim=0, weight_loader=loader))
-    layer.register_parameter("weight_shape", BasevLLMParameter(
-        data=torch.empty(2, dtype=torch.int64), weight_loader=loader))
-
-# %% ../nbs/vllm_plugin.ipynb #a577a69b
-def unpack_floating_(layer: torch.nn.Module,  # a vLLM Linear with the parameters of `declare_`; changed in place
-                     bits: int,               # width of its codes
-                     columns: int):           # in_features on this GPU
-    "Replace the parameters by one float `weight`."
-    codes = unpack(layer.weight_packed.data, bits, columns)
-    weight = dequantize(codes, layer.weight_scale.data, layer.weight_zero_point.data)
-    for name in ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape"): delattr(layer, name)
-    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
-
-# %% ../nbs/vllm_plugin.ipynb #13c1e0a9
-@cache
-def floating_linear() -> type:
-    "The method of a Linear with float zero points."
-    from vllm.model_executor.layers.linear import LinearMethodBase, UnquantizedLinearMethod
-
-    class FloatZerosLinearMethod(LinearMethodBase):
-        "Loads codes and grids, serves the weight that they stand for."
-        def __init__(self, grid, prefix): self.grid, self.prefix, self.plain = grid, prefix, UnquantizedLinearMethod()
-
-        def create_weights(self, layer, input_size_per_partition, output_partition_sizes, input_size, output_size,
-                           params_dtype, **extra):
-            groups = groups_of(self.grid, input_size_per_partition, input_size, self.prefix)
-            declare_(layer, self.grid, sum(output_partition_sizes), input_size_per_partition, groups, params_dtype,
-                     extra["weight_loader"])
-            self.columns = input_size_per_partition
-
-        def process_weights_after_loading(self, layer):
-            unpack_floating_(layer, self.grid["bits"], self.columns)
-            self.plain.process_weights_after_loading(layer)
-
-        def apply(self, layer, x, bias=None): return self.plain.apply(layer, x, bias)
-
-    return FloatZerosLinearMethod
-
-# %% ../nbs/vllm_plugin.ipynb #3c634d70
-@cache
-def floating_config() -> type:
-    "The configuration of checkpoints with float zero points."
-    from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
-    from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
-
-    class FloatZerosConfig(QuantizationConfig):
-        "Gives each Linear its method."
-        def __init__(self, config):
-            super().__init__()
-            self.config = config
-        def get_name(self): return METHOD
-        def get_supported_act_dtypes(self): return [torch.float16, torch.bfloat16, torch.float32]
-        @classmethod
-        def get_min_capability(cls): return -1
-        @staticmethod
-        def get_config_filenames(): return []
-        @classmethod
-        def from_config(cls, config): return cls(config)
-
-        def get_quant_method(self, layer, prefix):
-            if not isinstance(layer, LinearBase): return None
-            mapping = self.packed_modules_mapping
-            if is_layer_skipped(prefix, self.config["ignore"], mapping): return UnquantizedLinearMethod()
-            return floating_linear()(grid_of(self.config, first_part(prefix, mapping)), prefix)
-
-    FloatZerosConfig.__module__, FloatZerosConfig.__qualname__ = __name__, "FloatZerosConfig"
-    return FloatZerosConfig
-
-# %% ../nbs/vllm_plugin.ipynb #53af47b0
-def __getattr__(name: str):  # what somebody looks for in this module
-    "The class that unpickling asks for."
-    if name == "FloatZerosConfig": return floating_config()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-# %% ../nbs/vllm_plugin.ipynb #28649e29
+# %% ../nbs/vllm_plugin.ipynb #f394adf0
 def weight_layouts(config: dict,  # a checkpoint's quantization_config
                    ) -> list[tuple[int, bool, int]]:
     "Bits, symmetry and group size (-1: one per channel) of all kinds of packed integers; empty for anything else."
@@ -291,7 +168,7 @@ def weight_layouts(config: dict,  # a checkpoint's quantization_config
     weights = [group["weights"] for group in groups]
     return [(w["num_bits"], w["symmetric"], w.get("group_size") or -1) for w in weights]
 
-# %% ../nbs/vllm_plugin.ipynb #77281016
+# %% ../nbs/vllm_plugin.ipynb #441a3953
 def layer_sizes(hf_config) -> set[int]:  # a transformers configuration
     "The in_features and out_features that a decoder's Linears have, as far as its configuration tells."
     text = hf_config.get_text_config()
@@ -299,7 +176,7 @@ def layer_sizes(hf_config) -> set[int]:  # a transformers configuration
     sizes = [text.hidden_size, getattr(text, "intermediate_size", 0), heads * (getattr(text, "head_dim", 0) or 0)]
     return {size for size in sizes if size}
 
-# %% ../nbs/vllm_plugin.ipynb #9cbc6666
+# %% ../nbs/vllm_plugin.ipynb #88bb6fa1
 def stock_serves(config: dict,  # a checkpoint's quantization_config
                  hf_config,     # its transformers configuration
                  ) -> bool:
@@ -315,7 +192,7 @@ def stock_serves(config: dict,  # a checkpoint's quantization_config
         return native_kernel(MPLinearLayerConfig((k, n), (k, n), kind, dtype, group, not symmetric, **extra))
     return all(served(*layout, k, n) for layout in weight_layouts(config) for k in sizes for n in sizes)
 
-# %% ../nbs/vllm_plugin.ipynb #a5d1238d
+# %% ../nbs/vllm_plugin.ipynb #c694a933
 def claim(config: dict,           # a checkpoint's quantization_config
           asked: str | None,      # the user's --quantization
           hf_config,              # its transformers configuration
@@ -324,13 +201,14 @@ def claim(config: dict,           # a checkpoint's quantization_config
     from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
     method = config.get("llmquant_method")
     if method is None: return None
-    if asked is None: return None if config["quant_method"] != METHOD and stock_serves(config, hf_config) else METHOD
+    if asked is None and config["quant_method"] == METHOD: return METHOD
+    if asked is None: return None if stock_serves(config, hf_config) else METHOD
     if asked in (method, METHOD): return METHOD
     if asked in QUANTIZATION_METHODS: return None
     raise ValueError(f"this checkpoint was quantized by {method}, not by {asked}: "
                      f"ask for quantization {method!r}, or for none")
 
-# %% ../nbs/vllm_plugin.ipynb #d889cc5e
+# %% ../nbs/vllm_plugin.ipynb #074d470a
 @cache
 def gptq_linear() -> type:
     "vLLM's gptq method for a Linear, without its question about Marlin."
@@ -343,7 +221,7 @@ def gptq_linear() -> type:
 
     return GPTQLinearMethod
 
-# %% ../nbs/vllm_plugin.ipynb #e747ffcd
+# %% ../nbs/vllm_plugin.ipynb #7ebe470b
 def gptq_method(config,                  # vLLM's AutoGPTQConfig
                 layer: torch.nn.Module,  # a vLLM layer
                 prefix: str,             # its name
@@ -356,17 +234,19 @@ def gptq_method(config,                  # vLLM's AutoGPTQConfig
         return type(config).get_quant_method(config, layer, prefix)
     return get_linear_quant_method(config, layer, prefix, gptq_linear())
 
-# %% ../nbs/vllm_plugin.ipynb #bd9ce88a
+# %% ../nbs/vllm_plugin.ipynb #4904da89
 def native_config(config: dict,  # a checkpoint's quantization_config
                   ):
-    "vLLM's own configuration of the checkpoint's layout, or ours for float zero points. It stays picklable: vLLM sends it to its workers."
+    "vLLM's configuration of the layout, ours for float zero points. Picklable: vLLM sends it to its workers."
     from vllm.model_executor.layers.quantization import get_quantization_config
-    if config["quant_method"] == METHOD: return floating_config()(config)
+    if config["quant_method"] == METHOD:
+        from llmquant.vllm_float_zeros import floating_config
+        return floating_config()(config)
     native = get_quantization_config(config["quant_method"]).from_config(config)
     if config["quant_method"] == "gptq": native.get_quant_method = partial(gptq_method, native)
     return native
 
-# %% ../nbs/vllm_plugin.ipynb #77ea5713
+# %% ../nbs/vllm_plugin.ipynb #a8e60c4d
 @cache
 def method_class() -> type:
     "The quantization method that `register` shows to vLLM."
@@ -384,7 +264,7 @@ def method_class() -> type:
 
     return LLMQuantConfig
 
-# %% ../nbs/vllm_plugin.ipynb #c5b7a9f7
+# %% ../nbs/vllm_plugin.ipynb #d0f1bbf5
 def register():
     "Make vLLM know the method `llmquant`: the entry point in the group `vllm.general_plugins`."
     from vllm.model_executor.kernels.linear import register_linear_kernel

@@ -17,7 +17,7 @@ from torch import Tensor
 from typing import Any
 import torch
 
-# %% ../../nbs/quantizers/hqq_quantizer.ipynb #644a2ba4
+# %% ../../nbs/quantizers/hqq_quantizer.ipynb #bee0279e
 class HQQQuantizer(BaseQuantizer):
     "Grids of least lp error, by half-quadratic splitting; needs no calibration data."
     name = "hqq"
@@ -31,7 +31,7 @@ class HQQQuantizer(BaseQuantizer):
         Option("kappa", float, Schedule.kappa, "growth of beta in each round", minimum=1.0, maximum=10.0),
         Option("iterations", int, Schedule.iterations, "most rounds for a group; it stops when one gains nothing",
                minimum=1, maximum=1000),
-        Option("float_zeros", bool, False, "zero points between the codes; served by the llmquant plugin for vLLM only"),
+        Option("float_zeros", bool, False, "zero points between the codes; only our plugin makes vLLM serve them"),
     )
 
     def configure(self,
