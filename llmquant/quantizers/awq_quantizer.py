@@ -117,7 +117,7 @@ def _best_of_part(part:Tensor, blocks:Tensor, scheme:QuantScheme) -> tuple[Tenso
         best, scales, zeros = (torch.where(better, a, b) for a, b in ((error, best), (s, scales), (z, zeros)))
     return scales, zeros
 
-# %% ../../nbs/quantizers/awq_quantizer.ipynb #8fe7df2e
+# %% ../../nbs/quantizers/awq_quantizer.ipynb #9730e710
 class AWQQuantizer(BaseQuantizer):
     "Columns scaled by the size of what they are given, then rounded on clipped ranges."
     name = "awq"
@@ -127,8 +127,8 @@ class AWQQuantizer(BaseQuantizer):
         SYMMETRIC,
         Option("n_grid", int, 20, "exponents tried for the factors of each smoothing pair; 0 leaves out the factors",
                minimum=0, maximum=200),
-        Option("activations", str, "maxima", "how the size of a channel is measured on the calibration text",
-               choices=("maxima", "means")),
+        Option("activations", str, "means", "how the size of a channel is measured on the calibration text",
+               choices=("means", "maxima")),
         Option("duo_scaling", bool, False, "let the weights' magnitudes have their part in the factors"),
         Option("clip", bool, True, "shrink each group's range while that lowers the error of the outputs"),
     )
