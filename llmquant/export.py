@@ -6,11 +6,11 @@
 __all__ = ['REPORT', 'ExportSink', 'export_config', 'ExportedModel', 'peak_memory_mib', 'make_report', 'to_yaml', 'write_export',
            'prove', 'plan_of_model', 'hand_over', 'side_of_model', 'export_model', 'adopt_marked']
 
-# %% ../nbs/export.ipynb #1511b177
+# %% ../nbs/export.ipynb #f79c015b
 import json, platform, resource, tempfile, time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,18 +23,19 @@ from .core.errors import ProofError, UsageError
 from .core.format_registry import FormatRegistry
 from .core.in_memory import ModelSource, adopt, is_adopted
 from .core.plan import LayerPlan, Plan, kept_tensors, nbytes
-from .core.qtensor import QuantizedWeight
+from .core.qtensor import QuantizedWeight, digest, raw_bytes
 from .core.quant_linear import QuantLinear
 from .core.quantizer_registry import QuantizerRegistry
 from .core.scheme import QuantScheme, dtype_name
 from .core.walk import LayerResult, cast
 
-# %% ../nbs/export.ipynb #33421af4
+# %% ../nbs/export.ipynb #0805d498
 @dataclass
 class ExportSink:
     "Packs quantized weights by the plan's format and hands everything to the writer."
     plan: Plan            # Whose format is used
     writer: ExportWriter  # Where tensors go
+    edited: dict = field(default_factory=dict) # Tensors that a method changed, and the SHA-256 of their bytes
 
     def put(self, layer:LayerPlan, weight:QuantizedWeight, result:LayerResult):
         "Pack and write a quantized weight."
@@ -43,6 +44,11 @@ class ExportSink:
     def keep(self, name:str, tensor:Tensor):
         "Write a tensor as it is."
         self.writer.write(name, tensor)
+
+    def edit(self, name:str, tensor:Tensor):
+        "Write a tensor that a method changed; the proof must know it."
+        self.writer.write(name, tensor)
+        self.edited[name] = digest(raw_bytes(tensor))
 
 # %% ../nbs/export.ipynb #9ebe7d0d
 def export_config(
@@ -106,7 +112,7 @@ def to_yaml(report:dict) -> str:
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
     return yaml.dump(report, Dumper=dumper, sort_keys=False, allow_unicode=True, width=160)
 
-# %% ../nbs/export.ipynb #3f38b418
+# %% ../nbs/export.ipynb #790cc3c1
 def write_export(
     plan:Plan,             # What to do; `check_servable` has passed
     adapter,               # Of this model
@@ -124,13 +130,15 @@ def write_export(
     "Write an export; nothing is left behind when it cannot be finished, but a run with a journal, which can be gone on with."
     start, cpu = time.perf_counter(), time.process_time()
     with ExportWriter(Path(output), plan.layout, max_shard_bytes, overwrite, protect, journal=journal, resume=resume) as writer:
-        results = carry(ExportSink(plan, writer))
+        sink = ExportSink(plan, writer)
+        results = carry(sink)
         writer.copy_side_files(list(side_files))
         exported = export_config(config, plan)
         writer.write_json("config.json", exported)
         if plan.quantized: adapter._save_vllm_config(ExportedModel(exported, plan.dtype), writer.folder)
         seconds = {"wall": round(time.perf_counter() - start, 3), "cpu": round(time.process_time() - cpu, 3)}
         report = make_report(plan, results, promises_step, {**facts, "seconds": seconds})
+        if sink.edited: report["proof"]["edited"] = dict(sink.edited)
         writer.write_text(REPORT, to_yaml(report))
         writer.finish()
         if verify: report["proof"] |= prove(writer, report, verify)
@@ -177,7 +185,7 @@ def plan_of_model(
                 nbytes({**source.tensors, **weights}))
     return plan, layers, source
 
-# %% ../nbs/export.ipynb #99baf18c
+# %% ../nbs/export.ipynb #62be7766
 def hand_over(
     plan:Plan,                       # From `plan_of_model`
     layers:Mapping[str, QuantLinear],# By checkpoint name
@@ -185,7 +193,10 @@ def hand_over(
     sink:ExportSink,                 # Where everything goes
 ) -> list[LayerResult]:              # One per quantized layer
     "Bring a quantized model to the sink: codes as they are, other tensors in the export's dtype."
-    for name in plan.kept: sink.keep(name, cast(name, source.tensor(name), plan.kept[name][0]))
+    edited = getattr(source.model, "edited_tensors", {})
+    for name in plan.kept:
+        take = sink.edit if name in edited else sink.keep
+        take(name, cast(name, source.tensor(name), plan.kept[name][0]))
     results = []
     for layer in plan.quantized:
         weight = layers[layer.name].quantized_weight()

@@ -112,12 +112,12 @@ def memory_text(
     rows = [(human_bytes(getattr(need, name)), text) for name, text in parts]
     return f"\npeak memory, predicted: {human_bytes(need.peak)}\n" + aligned(rows, 2)
 
-# %% ../nbs/summary.ipynb #949f9f28
+# %% ../nbs/summary.ipynb #76f42cb0
 def proof_text(
     proof:Mapping[str, Any], # What `verify` found, or the report's `proof`
 ) -> str:                    # Its figures
     "A proof without the digests, which are for machines."
-    return aligned(flat({name: value for name, value in proof.items() if name not in ("digests", "promises_step")}))
+    return aligned(flat({name: value for name, value in proof.items() if name not in ("digests", "edited", "promises_step")}))
 
 # %% ../nbs/summary.ipynb #a996ceab
 def _peak_text(report:Mapping[str, Any]) -> str:

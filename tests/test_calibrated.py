@@ -109,7 +109,7 @@ def test_target_layers_and_overrides(checkpoints, tmp_path):
     assert report["calibration"]["passes_over_each_block"] < 2  # nothing runs behind the last quantized block
 
 
-@pytest.mark.parametrize("damage, says", [(float("nan"), "gives NaN or infinity"), (6e4, "NaN or infini")])
+@pytest.mark.parametrize("damage, says", [(float("nan"), "gives NaN or infinity")])
 def test_a_broken_block_is_named(checkpoints, tmp_path, damage, says):
     from safetensors.torch import load_file, save_file
     path = tmp_path / "model"
@@ -125,8 +125,8 @@ def test_a_broken_block_is_named(checkpoints, tmp_path, damage, says):
 
 def test_a_ceiling_is_kept_or_refused(checkpoints, tmp_path):
     path = checkpoints("llama")
-    with pytest.raises(UsageError, match="max_memory 0.05 GB is too little: this run takes"):
-        quantize(path, tmp_path / "out", "gptq", bits=4, group_size=32, max_memory="50MB", **KEYS)
+    with pytest.raises(UsageError, match="max_memory 0.15 GB is too little: this run takes"):
+        quantize(path, tmp_path / "out", "gptq", bits=4, group_size=32, max_memory="150MB", **KEYS)
     assert not (tmp_path / "out").exists()
     plenty = quantize(path, tmp_path / "out", "gptq", bits=4, group_size=32, max_memory="8GB", **KEYS)
     assert plenty["calibration"]["hidden_states"] == "in memory"
@@ -138,3 +138,10 @@ def test_self_writes_its_own_text(checkpoints, tmp_path):
     assert first["calibration"]["fingerprint"] == second["calibration"]["fingerprint"]
     other = quantize(checkpoints("llama"), tmp_path / "c", "gptq", bits=4, group_size=32, seed=1, **{**KEYS, "calibration.dataset": "self"})
     assert other["calibration"]["fingerprint"] != first["calibration"]["fingerprint"]
+
+
+def test_awq_asks_for_pairs_before_any_work(checkpoints, tmp_path):
+    with pytest.raises(UsageError, match="awq needs smoothing pairs, and the adapter default names none for model type 'gemma2'"):
+        quantize(checkpoints("gemma2"), tmp_path / "out", "awq", bits=4, group_size=32, **KEYS)
+    report = quantize(checkpoints("gemma2"), tmp_path / "out", "gptq", bits=4, group_size=32, **KEYS)
+    assert len(report["layers"]) == 14

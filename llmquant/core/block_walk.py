@@ -135,14 +135,14 @@ def _inputs_in_float(self:BlockWalk, index:int, block:nn.Module, leaders:Mapping
         if keep is not None: keep.put(batch, out)
     return seen
 
-# %% ../../nbs/core/block_walk.ipynb #c0fdf8a5
+# %% ../../nbs/core/block_walk.ipynb #310af038
 def _check_measured(name:str, stats:LayerStats):
     "`UsageError` when the inputs of a Linear held NaN or infinity."
     for what, measured in ("hessian", stats.hessian), ("cross", stats.cross), ("maxima", stats.maxima):
         if measured is None or torch.isfinite(measured.sum()): continue # one number says it, without a copy
         if not torch.isfinite(measured).all():
-            raise UsageError(f"layer {name}: the calibration text gives it NaN or infinite inputs ({what}); look at the weights of its block, "
-                             "or calibrate on another text")
+            raise UsageError(f"layer {name}: the calibration text gives it NaN or infinite inputs ({what}); look at the weights of its block and of "
+                             "those before it, or calibrate on another text")
 
 # %% ../../nbs/core/block_walk.ipynb #7961769b
 @dataclass

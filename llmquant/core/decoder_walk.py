@@ -106,7 +106,7 @@ def edited_values(self:BlockWalk,
                 values[f"{name}.{kind}"] = parameter.detach().clone()
     return values
 
-# %% ../../nbs/core/decoder_walk.ipynb #8c8ba1d1
+# %% ../../nbs/core/decoder_walk.ipynb #975bce34
 def climb(
     walk:BlockWalk,                # From `begin`
     sink,                          # Takes results: see the Walk page
@@ -121,6 +121,7 @@ def climb(
     layers = {l.name: l for l in plan.quantized}
     done = [] if journal is None else journal.done
     results = [restored(entry, layers) for _, record in done for entry in record["results"]]
+    for _, record in done: sink.edited.update(record["edited"])
     of_block, last = by_block(plan, adapter), max((l.block for l in plan.quantized), default=-1)
     if source is not None: pass_on(plan, of_block.get(None, []), source, sink)
     for index in progress(list(range(len(done), len(walk.blocks)))):
@@ -128,12 +129,12 @@ def climb(
         found, values, used = walk.step(index, plans, pairs_of(index), index >= last) if index <= last else ([], {}, [])
         results += deliver(plan, found, values, sink)
         if source is not None: pass_on(plan, [n for n in of_block.get(index, []) if n not in values], source, sink)
-        if journal is not None: journal.finish_block(index, record_of(walk, found), {})
+        if journal is not None: journal.finish_block(index, record_of(walk, found, {n: sink.edited[n] for n in values}), {})
         for activations in used: activations.drop()
         tell(index, [result for _, result in found])
     return results
 
-# %% ../../nbs/core/decoder_walk.ipynb #6f630ee8
+# %% ../../nbs/core/decoder_walk.ipynb #d925af69
 def by_block(plan:Plan, adapter) -> dict[int|None, list[str]]:
     "Names of kept tensors by the block they are in; None for those outside."
     found = {}
@@ -149,16 +150,16 @@ def pass_on(plan:Plan, names:Iterable[str], source, sink):
 
 def deliver(plan:Plan, found:list, values:dict[str, Tensor], sink) -> list[LayerResult]:
     "Hand a block's results to the sink, from the CPU."
-    for name, value in values.items(): sink.keep(name, cast(name, value.cpu(), plan.kept[name][0]))
+    for name, value in values.items(): sink.edit(name, cast(name, value.cpu(), plan.kept[name][0]))
     for quantized, result in found:
         parts = (t.cpu() for t in (quantized.codes, quantized.scales, quantized.zeros))
         sink.put(result.layer, QuantizedWeight(*parts, quantized.scheme), result)
     return [result for _, result in found]
 
-# %% ../../nbs/core/decoder_walk.ipynb #74e28e3d
-def record_of(walk:BlockWalk, found:list) -> dict: # Plain values
+# %% ../../nbs/core/decoder_walk.ipynb #d6e5524b
+def record_of(walk:BlockWalk, found:list, edited:dict[str, str]) -> dict: # Plain values
     "One block for the journal."
-    return {"apart": walk.in_float is not walk.stream, "passes": walk.passes,
+    return {"apart": walk.in_float is not walk.stream, "passes": walk.passes, "edited": edited,
             "results": [{"layer": r.layer.name, "relative_error": r.relative_error, "digest": r.digest, "seconds": r.seconds,
                          "notes": dict(r.notes)} for _, r in found]}
 

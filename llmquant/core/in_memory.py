@@ -6,7 +6,7 @@
 __all__ = ['MARKS', 'ModelSource', 'ModuleSink', 'replace_module_', 'refuse_save_pretrained', 'finish_', 'options_of',
            'plan_model', 'calibration_for', 'calibrate_model', 'quantize_model', 'own_grid', 'adopt', 'is_adopted']
 
-# %% ../../nbs/core/in_memory.ipynb #a2dbb3a7
+# %% ../../nbs/core/in_memory.ipynb #f866aa7b
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from .errors import UsageError
 from .model_registry import ModelRegistry
 from .overrides import read_overrides
 from .plan import LayerPlan, Plan, make_plan
-from .qtensor import QuantizedWeight, round_to_grid
+from .qtensor import QuantizedWeight, digest, raw_bytes, round_to_grid
 from .quant_linear import QuantLinear
 from .walk import LayerResult, check_finite, quantize_layer, relative_error
 
@@ -46,7 +46,7 @@ class ModelSource:
         "One tensor."
         return self.values[name].detach()
 
-# %% ../../nbs/core/in_memory.ipynb #ee97c6b4
+# %% ../../nbs/core/in_memory.ipynb #66ccf7c5
 class ModuleSink:
     "Puts a `QuantLinear` where each planned Linear was."
     def __init__(self,
@@ -55,7 +55,7 @@ class ModuleSink:
         method:str,# The quantizer's name
     ):
         self.model, self.adapter, self.method = model, adapter, method
-        self.replaced, self.changed = [], []
+        self.replaced, self.changed, self.edited = [], [], {}
 
     def put(self,
         layer:LayerPlan,        # Which Linear
@@ -69,7 +69,7 @@ class ModuleSink:
         replace_module_(self.model, old, new)
         self.replaced.append((old, new))
 
-    def keep(self,
+    def edit(self,
         name:str,      # Checkpoint name of a parameter that a method edited
         tensor:Tensor, # Its new value, rounded to the export's dtype
     ):
@@ -79,11 +79,13 @@ class ModuleSink:
         old = module._parameters[kind]
         module._parameters[kind] = nn.Parameter(tensor.to(old), requires_grad=False)
         self.changed.append((module, kind, old))
+        self.edited[name] = digest(raw_bytes(tensor))
 
     def __enter__(self): return self
 
     def __exit__(self, kind, error, trace):
         "A run that fails leaves the model as it was."
+        if kind is None: self.model.edited_tensors = self.edited
         for old, new in reversed(self.replaced if kind else []): replace_module_(self.model, new, old)
         for module, name, old in reversed(self.changed if kind else []): module._parameters[name] = old
 

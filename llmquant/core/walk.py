@@ -27,7 +27,7 @@ class Source(Protocol):
     ) -> Tensor:  # On the CPU or on the device it lives on
         "One tensor."
 
-# %% ../../nbs/core/walk.ipynb #f3444e89
+# %% ../../nbs/core/walk.ipynb #06ed2e40
 class Sink(Protocol):
     "Where results go."
     def put(self,
@@ -40,6 +40,13 @@ class Sink(Protocol):
         name:str,      # Checkpoint name
         tensor:Tensor, # Already in the export's dtype
     ): "Take a tensor that is not quantized."
+
+    edited: dict[str, str] # Names of the tensors that `edit` took, and the SHA-256 of their bytes
+
+    def edit(self,
+        name:str,      # Checkpoint name
+        tensor:Tensor, # Already in the export's dtype
+    ): "Take a tensor that is not quantized, and that a method has changed."
 
 # %% ../../nbs/core/walk.ipynb #ed81b115
 def check_finite(

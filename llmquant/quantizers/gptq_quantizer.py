@@ -91,25 +91,29 @@ def corrected_(
     "Move the weight to where it gives, on the quantized stream's inputs, more of what it gave on the float stream's."
     return target.addmm_(factor.T, factor @ shift, alpha=strength)
 
-# %% ../../nbs/quantizers/gptq_quantizer.ipynb #7e81c77f
+# %% ../../nbs/quantizers/gptq_quantizer.ipynb #a232804b
 def output_error(
     weight:Tensor,    # float32 [out_features, in_features]
     quantized:Tensor, # What its codes stand for
     hessian:Tensor,   # float32 [in_features, in_features]
 ) -> float:           # sqrt(tr(Δ H Δᵀ) / tr(W H Wᵀ)); 0 for a weight without output
     "The relative error of a layer's outputs on the calibration inputs."
-    size = lambda w: float(((w @ hessian) * w).sum())
-    whole = size(weight)
-    return (max(size(quantized - weight), 0) / whole)**.5 if whole > 0 else 0.
+    lost = whole = 0.
+    for w, q in zip(weight.split(1024), quantized.split(1024)): # parts add up; a few at a time need no copy of a large matrix
+        size = lambda rows: sum(float(((rows @ h) * r).sum()) for h, r in zip(hessian.split(2048, 1), rows.split(2048, 1)))
+        lost, whole = lost + size(q - w), whole + size(w)
+    return (max(lost, 0) / whole)**.5 if whole > 0 else 0.
 
-# %% ../../nbs/quantizers/gptq_quantizer.ipynb #f7817096
+# %% ../../nbs/quantizers/gptq_quantizer.ipynb #9f05e399
 @patch
 def _sweep(self:GPTQQuantizer, weight:Tensor, stats:LayerStats, scheme:QuantScheme) -> tuple[Sweep, dict]:
     "A finished sweep over `weight`, and what there is to say of it."
     settings, diagonal = self.current(), stats.hessian.diagonal().clone()
     order, by_size = self.rounding_order(diagonal)
     target = weight.T[order]
-    if settings["propagate"] > 0: shift, stats.cross = (stats.cross.T @ weight.T)[order], None
+    if settings["propagate"] > 0:
+        shift, stats.cross = stats.cross.T @ weight.T, None
+        if by_size: shift = shift[order]
     factor, damp = inverse_factor(stats.hessian, order, settings["damp_percent"])
     if settings["propagate"] > 0: corrected_(target, shift, factor, settings["propagate"])
     sweep, in_turn = Sweep(target, factor, diagonal[order], order, scheme), not (by_size or settings["static_groups"])

@@ -15,7 +15,7 @@ from ..core.grid import SHRINK_FACTORS, grid_of_range
 from ..core.qtensor import QuantizedWeight
 from ..core.scheme import QuantScheme
 
-# %% ../../nbs/quantizers/gptq_solver.ipynb #0adad1f0
+# %% ../../nbs/quantizers/gptq_solver.ipynb #1a991a9d
 def invert_triangle_(
     lower:Tensor, # [n, n], lower triangular with a nonzero diagonal and zeros above
 ):
@@ -27,7 +27,7 @@ def invert_triangle_(
     first, corner, second = lower[:n//2, :n//2], lower[n//2:, :n//2], lower[n//2:, n//2:]
     invert_triangle_(first)
     invert_triangle_(second)
-    corner.copy_((second @ corner @ first).neg_())
+    torch.addmm(corner, second @ corner, first, beta=0, alpha=-1, out=corner)
 
 # %% ../../nbs/quantizers/gptq_solver.ipynb #b55cdfbf
 def reverse_(
