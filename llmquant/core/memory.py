@@ -14,7 +14,7 @@ from pathlib import Path
 from .errors import UsageError
 from .plan import Plan
 
-# %% ../../nbs/core/memory.ipynb #23dc27a3
+# %% ../../nbs/core/memory.ipynb #e3244139
 @dataclass(frozen=True)
 class MemoryNeed:
     "What a calibrated run will hold, in bytes."
@@ -22,7 +22,7 @@ class MemoryNeed:
     block: int      # The largest block in float32, or the embedding's rows
     statistics: int # Of the largest block
     forward: int    # One batch on its way through a block
-    solving: int    # Beside the statistics, for the largest input
+    solving: int    # Beyond the statistics, at the worst moment
     reading: int    # The largest tensor on its way from shard to shard
     hidden: int     # Hidden states of all streams, before and behind a block
     in_files: bool = False # Hidden states are kept in files, one batch in memory at a time
@@ -57,7 +57,7 @@ def predict(
                       forward=4 * tokens * (widest + 6 * hidden_size), solving=4 * solving, reading=kept,
                       hidden=2 * streams * windows * length * hidden_size * bytes_per_value)
 
-# %% ../../nbs/core/memory.ipynb #a82ea409
+# %% ../../nbs/core/memory.ipynb #ebc39920
 def _copies(stored, written) -> int:
     "Bytes for each value of a tensor that is only copied, as read and, where it is cast, as written."
     return stored.itemsize + (written.itemsize if stored != written else 0)
@@ -71,17 +71,20 @@ def _elements_by_block(tensors:Mapping[str, tuple], block_of) -> dict[int, int]:
     return found
 
 def _statistics(plan:Plan, statistics:tuple[str, ...]) -> tuple[int, int]:
-    "Floats of a block's statistics, and floats beside them while the largest input is quantized."
+    "Floats of a block's statistics, and how many more there are at the worst moment of solving, small weights first."
     squares = sum(name in statistics for name in ("hessian", "cross"))
-    measured, solving = {}, 0
+    measured, total, worst = {}, 0, 0
     for l in plan.quantized:
         inputs = measured.setdefault(l.block, {})
         key = l.in_features, _input_of(l.name)
         inputs[key] = inputs.get(key, 0) + l.out_features
     for inputs in measured.values():
-        for (width, _), rows in inputs.items(): solving = max(solving, 2 * width**2 + 4 * rows * width)
-    total = max((sum(width**2 for width, _ in inputs) for inputs in measured.values()), default=0)
-    return squares * total, solving if squares else 0
+        left = held = squares * sum(width**2 for width, _ in inputs)
+        for (width, _), rows in sorted(inputs.items(), key=lambda item: item[0][0] * item[1]):
+            worst = max(worst, left + (width**2 if squares == 1 else 0) + 3 * rows * width) # cross goes when the factor comes
+            left -= squares * width**2
+        total = max(total, held)
+    return total, max(worst - total, 0) if squares else 0
 
 # %% ../../nbs/core/memory.ipynb #de39202f
 def _input_of(name:str) -> str:

@@ -81,7 +81,7 @@ def rounding_order(self:GPTQQuantizer,
     if self.current()["desc_act"] is True: return diagonal.argsort(descending=True, stable=True), True
     return torch.arange(len(diagonal), device=diagonal.device), False
 
-# %% ../../nbs/quantizers/gptq_quantizer.ipynb #1b523735
+# %% ../../nbs/quantizers/gptq_quantizer.ipynb #66130825
 def corrected_(
     target:Tensor,   # float32 [in_features, out_features], columns in the order of `factor`; corrected in place
     shift:Tensor,    # float32 [in_features, out_features]: (weight @ cross)ᵀ in the same order
@@ -89,7 +89,8 @@ def corrected_(
     strength:float,  # 0 to 1
 ) -> Tensor:         # `target`
     "Move the weight to where it gives, on the quantized stream's inputs, more of what it gave on the float stream's."
-    return target.addmm_(factor.T, factor @ shift, alpha=strength)
+    for part, own in zip(target.split(1024, 1), shift.split(1024, 1)): part.addmm_(factor.T, factor @ own, alpha=strength)
+    return target
 
 # %% ../../nbs/quantizers/gptq_quantizer.ipynb #a232804b
 def output_error(

@@ -44,7 +44,7 @@ def reverse_(
     if n % 2: matrix[n // 2] = matrix[n // 2].flip(0)
     return matrix
 
-# %% ../../nbs/quantizers/gptq_solver.ipynb #1c07b2fe
+# %% ../../nbs/quantizers/gptq_solver.ipynb #cb94dd93
 LARGEST_DAMP = 1.0 # Above it the Hessian is mostly damping
 
 def inverse_factor(
@@ -62,7 +62,7 @@ def inverse_factor(
         factor.diagonal().copy_(start + damp * mean)
         pivots = start + damp * mean
         failed = torch.empty(0, dtype=torch.int32, device=factor.device)
-        torch.linalg.cholesky_ex(factor, out=(factor, failed))
+        torch.linalg.cholesky_ex(factor.T, upper=True, out=(factor.T, failed)) # LAPACK's order of columns: no copy
         if not failed and (factor.diagonal().square() > floor * pivots).all():
             invert_triangle_(factor)
             return reverse_(factor), damp
