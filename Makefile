@@ -1,4 +1,4 @@
-# make demo | test | docs | lab | matrix | measure | hooks ; see the README. Second runs reuse what is there.
+# make demo | test | docs | lab | matrix | measure | methods | hooks ; see the README. Second runs reuse what is there.
 PYTHON ?= python3
 VENV ?= .venv
 CHECK_VENV ?= .check-venv
@@ -13,7 +13,7 @@ STAMPS := $(VENV)/.stamps
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test notebooks docs lab matrix measure sync hooks check-env clean
+.PHONY: help install demo test notebooks docs lab matrix measure methods sync hooks check-env clean
 
 help:
 	@echo "make demo     quantize a real language model, prove it in vLLM, print and plot what it cost"
@@ -24,6 +24,7 @@ help:
 	@echo "make notebooks  run notebooks and store their outputs (NOTEBOOKS=nbs/index.ipynb for one)"
 	@echo "make matrix   every width, grid and granularity on tiny models in vLLM; writes committed results"
 	@echo "make measure  the long measurements that notebooks plot; writes committed results"
+	@echo "make methods  perplexity of every method (CALIBRATION=valid.txt TEXT=test.txt [OTHER=more.txt]); writes committed results"
 	@echo "make hooks    git hooks that clean notebooks and check that the package is in sync"
 
 # --- environments -----------------------------------------------------------------------------------------------------
@@ -98,6 +99,9 @@ matrix: $(STAMPS)/dev
 
 measure: $(STAMPS)/dev
 	@$(PY) tools/measure.py $(if $(TEXT),--text $(TEXT))
+
+methods: $(STAMPS)/dev
+	@$(PY) tools/measure_methods.py --calibration "$(CALIBRATION)" --text "$(TEXT)" $(if $(OTHER),--other "$(OTHER)")
 
 hooks: $(STAMPS)/dev
 	@$(PY) tools/hooks.py

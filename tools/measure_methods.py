@@ -4,7 +4,8 @@
     measure_methods.py ... --rows 'gptq W3'      only rows whose names match
     measure_methods.py --list                    the names
 
-The model is SmolLM2-135M-Instruct off its grid in float32 (`llmquant.demo`), groups of 64, asymmetric, scales in float32.
+The model is SmolLM2-135M-Instruct off its grid in float32 (`llmquant.demo`), groups of 64, asymmetric, scales in
+float16, as exports have them.
 Calibration: consecutive windows of 512 tokens from the start of --calibration, no BOS. Perplexity: the first 24 windows of
 1024 tokens of --text; rows ending in `other text` are the first 16 of --other, which the calibration never saw. Rows are written
 as they come, in the order of importance; a run that was stopped goes on where it was, unless --fresh.
@@ -15,12 +16,13 @@ import re
 import time
 from pathlib import Path
 
-from measure import CONTEXT, FLOAT32_SCALES, ROOT, Bench, Results, machine, unfolded
+from measure import CONTEXT, ROOT, Bench, Results, machine, unfolded
 
 PLAIN = {"dynamic_range": "minmax", "propagate": 0.0}
 SEARCH = {"dynamic_range": "mse", "propagate": 0.0}
 BOTH = {"dynamic_range": "mse", "propagate": 0.25}
 GPTQ = {"minmax ranges": PLAIN, "range search": SEARCH, "range search, propagate 0.25": BOTH}
+CALLED = {"wikitext2_test.raw": "wikitext-2 test", "wikitext2_valid.raw": "wikitext-2 valid"} # what files hold; others keep their names
 OTHER = ("minmax ranges", "range search, propagate 0.25")
 
 
@@ -37,6 +39,11 @@ def all_rows():
     rows += [(f"gptq W{b}, {words}, 128 windows", "gptq", b, BOTH, 128, False) for b in (4, 3, 2)]
     rows += [(f"gptq W{b}, {words}, activation order", "gptq", b, {**BOTH, "desc_act": True}, 32, False) for b in (4, 3, 2)]
     return rows
+
+
+def called(path):
+    "What a text is called."
+    return CALLED.get(Path(path).name, Path(path).name)
 
 
 def bench_of(given, text, windows):
@@ -58,14 +65,14 @@ def measure(row, given, benches, results):
     name, method, bits, options, windows, other = row
     data = calibration(benches[0], given.calibration, windows) if windows else None
     model, start = benches[0].model(), time.process_time()
-    config = {**options, **FLOAT32_SCALES, "calibration": {"batch_size": 4}}
+    config = {**options, "calibration": {"batch_size": 4}}
     model = QuantizerRegistry.get(method)().quantize(model, bits=bits, group_size=64, calibration_data=data, config=config)
     seconds, model = time.process_time() - start, unfolded(model)
     facts = {"method": method, "bits": bits, "group_size": 64, "symmetric": False, "options": options,
-             "calibration": f"{Path(given.calibration).name}, {windows} x 512" if windows else None, "cpu_seconds": round(seconds, 1)}
+             "calibration": f"{called(given.calibration)}, {windows} x 512" if windows else None, "cpu_seconds": round(seconds, 1)}
     for bench, text, ending in zip(benches, (given.text, given.other), ("", ", other text")):
         if ending and not other: continue
-        results.add(name=name + ending, **facts, text=Path(text).name, windows=bench.windows, perplexity=round(bench.perplexity(model), 4))
+        results.add(name=name + ending, **facts, text=called(text), windows=bench.windows, perplexity=round(bench.perplexity(model), 4))
 
 
 def main():
@@ -90,7 +97,7 @@ def main():
     results = Results(given.out, header, given.fresh)
     for bench, text, ending in zip(benches, (given.text, given.other), ("", ", other text")):
         if not results.has(name=f"float32{ending}"):
-            results.add(name=f"float32{ending}", method="float32", bits=32, text=text.name, windows=bench.windows,
+            results.add(name=f"float32{ending}", method="float32", bits=32, text=called(text), windows=bench.windows,
                         perplexity=round(bench.perplexity(bench.model()), 4))
     for row in rows:
         if not results.has(name=row[0]): measure(row, given, benches, results)
