@@ -28,7 +28,7 @@ from .utils.logging import progress
 
 logger = logging.getLogger(__name__)
 
-# %% ../nbs/calibrated.ipynb #ad3b125f
+# %% ../nbs/calibrated.ipynb #9519625b
 def calibration_of(
     recipe:Recipe,           # Its calibration section, seed and ceiling
     source:CheckpointSource, # The model
@@ -36,10 +36,11 @@ def calibration_of(
     "Read and tokenize what the recipe names."
     c, text = recipe.calibration, source.config.get("text_config") or source.config
     seed = recipe.seed if c.get("seed") is None else c["seed"]
-    return load_calibration(c["dataset"], source.path, text["vocab_size"], c["num_samples"], c["max_length"], seed, c.get("column"),
-                            generate=partial(sample_from, recipe, source), trust_remote_code=recipe.trust_remote_code)
+    return load_calibration(c["dataset"], source.path, text["vocab_size"], c["num_samples"], c["max_length"], seed,
+                            c.get("column"), generate=partial(sample_from, recipe, source),
+                            trust_remote_code=recipe.trust_remote_code)
 
-# %% ../nbs/calibrated.ipynb #d6fc5731
+# %% ../nbs/calibrated.ipynb #c0ba98b3
 def sample_from(
     recipe:Recipe,           # Its ceiling and device
     source:CheckpointSource, # The model
@@ -50,20 +51,22 @@ def sample_from(
     "Text that the model writes by itself, drawn token by token from its own distribution."
     need = 2 * sum(info.nbytes for info in source.tensors.values()) + resident()
     if recipe.max_memory is not None and need > recipe.max_memory:
-        raise UsageError(f"calibration.dataset self: the whole model must be in memory to write text, about {need / 1e9:.2f} GB, and max_memory is "
-                         f"{recipe.max_memory / 1e9:.2f} GB; name a text instead")
+        raise UsageError("calibration.dataset self: the whole model must be in memory to write text, about "
+                         f"{need / 1e9:.2f} GB, and max_memory is {recipe.max_memory / 1e9:.2f} GB; "
+                         "name a text instead")
     from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained(source.path, dtype="auto", trust_remote_code=recipe.trust_remote_code).eval()
+    model = AutoModelForCausalLM.from_pretrained(source.path, dtype="auto",
+                                                 trust_remote_code=recipe.trust_remote_code).eval()
     start = model.config.bos_token_id if model.config.bos_token_id is not None else model.config.eos_token_id or 0
     start = start[0] if isinstance(start, list) else start
     torch.manual_seed(seed)
     first = torch.full((num_samples, 1), start)
     with torch.no_grad():
-        tokens = model.generate(first, attention_mask=torch.ones_like(first), do_sample=True, top_k=0, max_new_tokens=max_length,
-                                min_new_tokens=max_length, pad_token_id=start)
+        tokens = model.generate(first, attention_mask=torch.ones_like(first), do_sample=True, top_k=0,
+                                max_new_tokens=max_length, min_new_tokens=max_length, pad_token_id=start)
     return tokens[:, 1:]
 
-# %% ../nbs/calibrated.ipynb #41bdfa04
+# %% ../nbs/calibrated.ipynb #89ae51b6
 def need_of(
     recipe:Recipe,           # Windows, lengths, batches, ceiling
     plan:Plan,               # What will be done
@@ -75,11 +78,11 @@ def need_of(
     check_pairs(plan, adapter, quantizer, source)
     text, c = source.config.get("text_config") or source.config, recipe.calibration
     tensors = {name: (info.dtype, info.shape) for name, info in source.tensors.items()}
-    need = predict(plan, tensors, adapter.block_of, text["hidden_size"], c["num_samples"], c["max_length"], c["batch_size"],
-                   tuple(quantizer.needed_statistics()), source.dtype.itemsize)
+    need = predict(plan, tensors, adapter.block_of, text["hidden_size"], c["num_samples"], c["max_length"],
+                   c["batch_size"], tuple(quantizer.needed_statistics()), source.dtype.itemsize)
     return fit(need, recipe.max_memory)
 
-# %% ../nbs/calibrated.ipynb #08de3ac6
+# %% ../nbs/calibrated.ipynb #e4dd2d3f
 def check_pairs(
     plan:Plan,               # What will be done
     adapter,                 # Of the model's family
@@ -89,8 +92,9 @@ def check_pairs(
     "`UsageError` when the method needs smoothing pairs and the adapter names none."
     if type(quantizer).prepare_block is BaseQuantizer.prepare_block: return
     if any(adapter.smoothing_pairs(source.config, block) for block in sorted({l.block for l in plan.quantized})): return
-    raise UsageError(f"{quantizer.name} needs smoothing pairs, and the adapter {adapter.model_type} names none for model type "
-                     f"{source.config.get('model_type')!r}; use gptq, or give an adapter whose smoothing_pairs names them")
+    raise UsageError(f"{quantizer.name} needs smoothing pairs, and the adapter {adapter.model_type} names none for "
+                     f"model type {source.config.get('model_type')!r}; use gptq, or give an adapter whose "
+                     "smoothing_pairs names them")
 
 # %% ../nbs/calibrated.ipynb #bfc652d6
 WITHOUT_EFFECT = ("output_path", "model_path", "overwrite", "verify", "resume", "verbose", "max_memory", "device_map")
@@ -106,7 +110,7 @@ def identity(
     return values | {"model": fingerprint(source), "calibration": data.fingerprint, "device": torch.device(device).type,
                      "llmquant": __version__, "torch": str(torch.__version__)}
 
-# %% ../nbs/calibrated.ipynb #067e4c60
+# %% ../nbs/calibrated.ipynb #0af1b120
 def calibrated_carry(
     recipe:Recipe, plan:Plan, adapter, quantizer, # What to do
     source:CheckpointSource,  # Where tensors come from
@@ -127,12 +131,13 @@ def calibrated_carry(
     def tell(index, results): words[:] = spoken(index, results)
     shown = partial(progress, description="quantizing", unit="block", state=lambda: "".join(words))
     results = climb(walk, sink, source, partial(adapter.smoothing_pairs, source.config), journal, shown, tell)
-    facts |= {"calibration": {**data.facts, "fingerprint": data.fingerprint, "passes_over_each_block": round(walk.passes / max(len(blocks), 1), 3),
+    facts |= {"calibration": {**data.facts, "fingerprint": data.fingerprint,
+                              "passes_over_each_block": round(walk.passes / max(len(blocks), 1), 3),
                               "hidden_states": "in files" if need.in_files else "in memory"},
               "memory": {"predicted_peak_mib": need.peak >> 20}}
     return results
 
-# %% ../nbs/calibrated.ipynb #e6ca9215
+# %% ../nbs/calibrated.ipynb #1c4fccca
 def compute_dtype(
     device:str,         # Where
     dtype:torch.dtype,  # The checkpoint's
@@ -144,7 +149,8 @@ def spoken(index:int, results:list[LayerResult]) -> str:
     "The worst layer of a block for the bar; every layer for `--verbose`."
     for r in results:
         notes = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in r.notes.items())
-        logger.debug("%s: relative error %.4f, %.2f s%s", r.layer.name, r.relative_error, r.seconds, f", {notes}" if notes else "")
+        logger.debug("%s: relative error %.4f, %.2f s%s", r.layer.name, r.relative_error, r.seconds,
+                     f", {notes}" if notes else "")
     if not results: return f"block {index} left in float"
     worst = max(results, key=lambda r: r.relative_error)
     return f"{worst.layer.name} error {worst.relative_error:.3f}, {resident() / 2**30:.2f} GiB"

@@ -112,7 +112,7 @@ def to_yaml(report:dict) -> str:
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
     return yaml.dump(report, Dumper=dumper, sort_keys=False, allow_unicode=True, width=160)
 
-# %% ../nbs/export.ipynb #790cc3c1
+# %% ../nbs/export.ipynb #97701bf5
 def write_export(
     plan:Plan,             # What to do; `check_servable` has passed
     adapter,               # Of this model
@@ -125,11 +125,13 @@ def write_export(
     verify:Callable[[Path], dict]|None=None, # Called with the finished folder; its result goes into the report's proof
     max_shard_bytes:int=5 * 10**9, overwrite:bool=False, # See `ExportWriter`
     protect:Iterable[Path]=(),          # Files and folders of the model, which the output must not replace
-    journal:dict|None=None, resume:bool=True, # See `ExportWriter`: who the run is, and whether to go on with an interrupted one
+    journal:dict|None=None,             # See `ExportWriter`: who the run is,
+    resume:bool=True,                   # and whether to go on with an interrupted one
 ) -> dict:                 # The report
-    "Write an export; nothing is left behind when it cannot be finished, but a run with a journal, which can be gone on with."
+    "Write an export; nothing is left behind when it cannot be finished, but a run with a journal, to be gone on with."
     start, cpu = time.perf_counter(), time.process_time()
-    with ExportWriter(Path(output), plan.layout, max_shard_bytes, overwrite, protect, journal=journal, resume=resume) as writer:
+    with ExportWriter(Path(output), plan.layout, max_shard_bytes, overwrite, protect,
+                      journal=journal, resume=resume) as writer:
         sink = ExportSink(plan, writer)
         results = carry(sink)
         writer.copy_side_files(list(side_files))

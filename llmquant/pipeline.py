@@ -105,7 +105,7 @@ def edited(returned, model):
     "What an edit returned; the model itself where it returned nothing."
     return model if returned is None else returned
 
-# %% ../nbs/pipeline.ipynb #5e203e7b
+# %% ../nbs/pipeline.ipynb #61cdb6ab
 def run_in_memory(recipe:Recipe, source:CheckpointSource, quantizer:BaseQuantizer, adapter, **kwargs) -> dict:
     "Load the model, let suppressors and the quantizer edit it, export it."
     from transformers import AutoModelForCausalLM
@@ -117,14 +117,15 @@ def run_in_memory(recipe:Recipe, source:CheckpointSource, quantizer:BaseQuantize
     if getattr(model.config, "quantization_config", None): model.config.quantization_config = None
     layers = list(recipe.layers) if recipe.layers else None
     own = {"method": recipe.method, recipe.method: dict(recipe.options), "overrides": list(recipe.overrides)}
-    config = {"quantization": own, "model": {"torch_dtype": recipe.torch_dtype}, "calibration": dict(recipe.calibration)}
+    config = {"quantization": own, "model": {"torch_dtype": recipe.torch_dtype},
+              "calibration": dict(recipe.calibration)}
     model = edited(quantizer.quantize(model, bits=recipe.bits, group_size=recipe.group_size, target_layers=layers,
                                       layer_wise=recipe.layer_wise, calibration_data=None, config=config), model)
     if not is_adopted(model): adopt(quantizer, model, recipe.bits, recipe.group_size, recipe.layers, recipe.torch_dtype)
     return export_model(model, adapter, recipe.output_path, source.path,
                         format=recipe.format, container=recipe.container, **kwargs)
 
-# %% ../nbs/pipeline.ipynb #13c2aa34
+# %% ../nbs/pipeline.ipynb #d86a32bd
 def run(
     recipe:Recipe, # From `resolve`
 ) -> dict:         # The report
@@ -143,10 +144,12 @@ def run(
                       max_shard_bytes=recipe.max_shard_size, overwrite=recipe.overwrite, protect=source.files(),
                       resume=recipe.resume)
         logger.info("%s: %d layers to %s, %d left in float",
-                    recipe.model_path, len(plan.quantized), ", ".join(map(str, plan.schemes)) or "16 bits", len(plan.ignored))
+                    recipe.model_path, len(plan.quantized), ", ".join(map(str, plan.schemes)) or "16 bits",
+                    len(plan.ignored))
         if recipe.bits < 16 and not streams(quantizer, recipe):
             return run_in_memory(recipe, source, quantizer, adapter, device=device, **shared)
-        if calibrates(quantizer, recipe): carry, more = _calibrated(recipe, plan, adapter, quantizer, source, device, shared["facts"])
+        if calibrates(quantizer, recipe):
+            carry, more = _calibrated(recipe, plan, adapter, quantizer, source, device, shared["facts"])
         else:
             counted = partial(progress, description="quantizing", unit="tensor")
             carry, more = partial(walk, plan, quantizer, source, device=device, progress=counted), {}

@@ -101,25 +101,27 @@ def plan_text(
         text += f"\nleft in float: {len(left)}, {reason}\n" + aligned(kinds(left), 2)
     return text
 
-# %% ../nbs/summary.ipynb #ae33259d
+# %% ../nbs/summary.ipynb #af0defec
 def memory_text(
     need:Any, # A `core.memory.MemoryNeed`
 ) -> str:     # The predicted peak and its parts
     "What a calibrated run will take."
-    parts = ("process", "this process before it begins"), ("block", "the largest block"), ("statistics", "of its inputs"), \
-            ("forward", "one batch on its way"), ("solving", "factors and copies"), ("reading", "the largest tensor that is copied"), \
-            ("hidden", "hidden states, in files" if need.in_files else "hidden states")
+    parts = (("process", "this process before it begins"), ("block", "the largest block"),
+             ("statistics", "of its inputs"), ("forward", "one batch on its way"), ("solving", "factors and copies"),
+             ("reading", "the largest tensor that is copied"),
+             ("hidden", "hidden states, in files" if need.in_files else "hidden states"))
     rows = [(human_bytes(getattr(need, name)), text) for name, text in parts]
     return f"\npeak memory, predicted: {human_bytes(need.peak)}\n" + aligned(rows, 2)
 
-# %% ../nbs/summary.ipynb #76f42cb0
+# %% ../nbs/summary.ipynb #532b41fc
 def proof_text(
     proof:Mapping[str, Any], # What `verify` found, or the report's `proof`
 ) -> str:                    # Its figures
     "A proof without the digests, which are for machines."
-    return aligned(flat({name: value for name, value in proof.items() if name not in ("digests", "edited", "promises_step")}))
+    machines = ("digests", "edited", "promises_step")
+    return aligned(flat({name: value for name, value in proof.items() if name not in machines}))
 
-# %% ../nbs/summary.ipynb #a996ceab
+# %% ../nbs/summary.ipynb #75c3b911
 def _peak_text(report:Mapping[str, Any]) -> str:
     "The measured peak, beside the predicted one where there was one."
     predicted = report.get("memory", {}).get("predicted_peak_mib")
@@ -127,7 +129,8 @@ def _peak_text(report:Mapping[str, Any]) -> str:
 
 def _calibration_text(facts:Mapping[str, Any]) -> str:
     "What was read, and how often it went through each block."
-    return f"{facts.get('tokens', '?')} tokens of {facts.get('dataset', 'given tokens')}, {facts.get('passes_over_each_block', '?')} passes"
+    return (f"{facts.get('tokens', '?')} tokens of {facts.get('dataset', 'given tokens')}, "
+            f"{facts.get('passes_over_each_block', '?')} passes")
 
 # %% ../nbs/summary.ipynb #ac8db9f4
 def report_text(

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from .errors import UsageError
 
-# %% ../../nbs/core/block_source.ipynb #8713b917
+# %% ../../nbs/core/block_source.ipynb #b58a024b
 @dataclass
 class BlockSource:
     "A decoder whose blocks are filled and emptied one by one."
     model: nn.Module                        # transformers causal language model; its parameters may be on meta
     adapter: object                         # Its family's adapter
-    read: Callable[[str, Tensor], Tensor]   # (parameter in memory, the parameter) to its value in the checkpoint's dtype
+    read: Callable[[str, Tensor], Tensor]   # (name in memory, parameter) to its value in the checkpoint's dtype
     device: str = "cpu"                     # Where to compute
     dtype: torch.dtype = torch.float32      # In what
     lent: dict = field(default_factory=dict) # Parameters that stand aside: (module, name) to parameter
@@ -131,12 +131,13 @@ def inputs(self:BlockSource,
         self.empty()
     return found
 
-# %% ../../nbs/core/block_source.ipynb #cf925f4b
+# %% ../../nbs/core/block_source.ipynb #b95db7ce
 @patch
 def _lend_rows(self:BlockSource, embedding:nn.Module, used:Tensor) -> nn.Parameter:
     "Give the embedding only the rows in use; returns the parameter that it had."
     table = embedding.weight
-    rows = self.read(f"{self.names[id(embedding)]}.weight", table)[used.to(table.device if not table.is_meta else "cpu")]
+    used = used.to(table.device if not table.is_meta else "cpu")
+    rows = self.read(f"{self.names[id(embedding)]}.weight", table)[used]
     embedding._parameters["weight"] = nn.Parameter(rows.to(self.device, self.dtype), requires_grad=False)
     return table
 

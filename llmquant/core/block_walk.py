@@ -46,7 +46,7 @@ class BlockWalk:
         "Whether the float stream is needed."
         return "cross" in self.wanted
 
-# %% ../../nbs/core/block_walk.ipynb #f915c9d0
+# %% ../../nbs/core/block_walk.ipynb #ae7f1c95
 @patch
 def run(self:BlockWalk, index:int, block:nn.Module, stream:Activations, batch:int) -> Tensor:
     "One block on one batch; `UsageError` when a finite input gives NaN or infinity."
@@ -54,8 +54,8 @@ def run(self:BlockWalk, index:int, block:nn.Module, stream:Activations, batch:in
     self.passes += 1 / len(stream)
     out = self.entry.call(index, block, hidden)
     if not torch.isfinite(out.sum()) and not torch.isfinite(out).all():
-        raise UsageError(f"block {index} ({self.blocks.names[id(block)]}): batch {batch} of the calibration text gives NaN or infinity; "
-                         "look at its weights, or calibrate on another text")
+        raise UsageError(f"block {index} ({self.blocks.names[id(block)]}): batch {batch} of the calibration text gives "
+                         "NaN or infinity; look at its weights, or calibrate on another text")
     return out
 
 # %% ../../nbs/core/block_walk.ipynb #65bd19b0
@@ -135,14 +135,14 @@ def _inputs_in_float(self:BlockWalk, index:int, block:nn.Module, leaders:Mapping
         if keep is not None: keep.put(batch, out)
     return seen
 
-# %% ../../nbs/core/block_walk.ipynb #310af038
+# %% ../../nbs/core/block_walk.ipynb #5373c650
 def _check_measured(name:str, stats:LayerStats):
     "`UsageError` when the inputs of a Linear held NaN or infinity."
     for what, measured in ("hessian", stats.hessian), ("cross", stats.cross), ("maxima", stats.maxima):
         if measured is None or torch.isfinite(measured.sum()): continue # one number says it, without a copy
         if not torch.isfinite(measured).all():
-            raise UsageError(f"layer {name}: the calibration text gives it NaN or infinite inputs ({what}); look at the weights of its block and of "
-                             "those before it, or calibrate on another text")
+            raise UsageError(f"layer {name}: the calibration text gives it NaN or infinite inputs ({what}); look at "
+                             "the weights of its block and of those before it, or calibrate on another text")
 
 # %% ../../nbs/core/block_walk.ipynb #7961769b
 @dataclass
@@ -160,7 +160,7 @@ class BlockView:
         "A module of the block, with float32 parameters that may be edited."
         return self.find(name)
 
-# %% ../../nbs/core/block_walk.ipynb #a4816baf
+# %% ../../nbs/core/block_walk.ipynb #e918086e
 SAME_FUNCTION = 1e-4
 
 @patch
@@ -172,8 +172,9 @@ def prepare(self:BlockWalk, index:int, block:nn.Module, view:BlockView):
     after = self.run(index, block, self.stream, 0)
     moved = float((after - before).norm() / before.norm().clamp(min=1e-30))
     if moved > SAME_FUNCTION:
-        raise UsageError(f"block {index}: {self.quantizer.name} changed its function by {moved:.1e} before anything was quantized; at most "
-                         f"{SAME_FUNCTION:.0e} is rounding, so a smoothing pair is wrong ({', '.join(sorted(view.edited))})")
+        raise UsageError(f"block {index}: {self.quantizer.name} changed its function by {moved:.1e} before anything "
+                         f"was quantized; at most {SAME_FUNCTION:.0e} is rounding, so a smoothing pair is wrong "
+                         f"({', '.join(sorted(view.edited))})")
 
 # %% ../../nbs/core/block_walk.ipynb #25ce4f4a
 @patch
@@ -196,7 +197,7 @@ def solve(self:BlockWalk,
         modules[result.layer.name].weight.data.copy_(quantized.dequantize(torch.float32))
     return found
 
-# %% ../../nbs/core/block_walk.ipynb #52600f14
+# %% ../../nbs/core/block_walk.ipynb #fd8dd371
 @patch
 def quantize_block(self:BlockWalk,
     index:int, block:nn.Module,    # The block, in float
@@ -208,27 +209,32 @@ def quantize_block(self:BlockWalk,
     find = lambda name: self.blocks.adapter.get_layer_by_name(self.blocks.model, name)
     modules = {name: find(name) for name in plans}
     groups = self.find_groups(index, block, modules)
-    if self.quantizer.settings.get("true_sequential"): return self._in_turn(index, block, plans, modules, groups, keep), set()
+    if self.quantizer.settings.get("true_sequential"):
+        return self._in_turn(index, block, plans, modules, groups, keep), set()
     leaders = {names[0]: modules[names[0]] for names in groups}
     measured = self.measure(index, block, leaders, keep)
-    view = BlockView(index, self.plan.dtype, dict(plans), {n: measured[names[0]] for names in groups for n in names}, pairs, find)
+    view = BlockView(index, self.plan.dtype, dict(plans),
+                     {n: measured[names[0]] for names in groups for n in names}, pairs, find)
     if self.edits: self.prepare(index, block, view)
     del measured # so that a Linear's statistics go when it is quantized
     found = {}
-    for names in sorted(groups, key=lambda names: sum(modules[n].weight.numel() for n in names)): # large weights when most statistics are gone
+    size = lambda names: sum(modules[n].weight.numel() for n in names)
+    for names in sorted(groups, key=size): # large weights when most statistics are gone
         stats = view.stats[names[0]]
         for name in names: del view.stats[name]
         found |= {r.layer.name: (q, r) for q, r in self.solve({n: modules[n] for n in names}, plans, stats)}
     return [found[name] for names in groups for name in names], view.edited
 
-# %% ../../nbs/core/block_walk.ipynb #d763967c
+# %% ../../nbs/core/block_walk.ipynb #f40c3bf8
 @patch(as_prop=True)
 def edits(self:BlockWalk) -> bool:
     "Whether the method edits blocks."
     return type(self.quantizer).prepare_block is not BaseQuantizer.prepare_block
 
 @patch
-def _in_turn(self:BlockWalk, index:int, block:nn.Module, plans:Mapping, modules:Mapping, groups:list, keep:Activations|None) -> list:
+def _in_turn(
+    self:BlockWalk, index:int, block:nn.Module, plans:Mapping, modules:Mapping, groups:list, keep:Activations|None
+) -> list:
     "Measure and quantize group by group, so that each sees what the quantized ones before it give."
     floats, found = {}, []
     for names in groups:

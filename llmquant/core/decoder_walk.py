@@ -69,14 +69,14 @@ def begin(
     in_float = storage.place("float", start) if apart else stream
     return BlockWalk(plan, quantizer, blocks, entry, stream, in_float, storage.place)
 
-# %% ../../nbs/core/decoder_walk.ipynb #475e9346
+# %% ../../nbs/core/decoder_walk.ipynb #02778f1e
 @patch
 def step(self:BlockWalk,
     index:int,                     # Which block
     plans:dict[str, LayerPlan],    # Its Linears that will be quantized
     pairs:tuple,                   # The adapter's smoothing pairs of this block
     last:bool,                     # Whether no later block is quantized
-) -> tuple[list, dict[str, Tensor], list[Activations]]: # What `solve` gave for each Linear, edited parameters, used inputs
+) -> tuple[list, dict[str, Tensor], list[Activations]]: # `solve`'s for each Linear, edited parameters, used inputs
     "Quantize one block and take the streams to its other side."
     block = self.blocks.load(index)
     used = list({id(s): s for s in (self.stream, self.in_float)}.values())
@@ -106,7 +106,7 @@ def edited_values(self:BlockWalk,
                 values[f"{name}.{kind}"] = parameter.detach().clone()
     return values
 
-# %% ../../nbs/core/decoder_walk.ipynb #975bce34
+# %% ../../nbs/core/decoder_walk.ipynb #a190b95a
 def climb(
     walk:BlockWalk,                # From `begin`
     sink,                          # Takes results: see the Walk page
@@ -129,7 +129,8 @@ def climb(
         found, values, used = walk.step(index, plans, pairs_of(index), index >= last) if index <= last else ([], {}, [])
         results += deliver(plan, found, values, sink)
         if source is not None: pass_on(plan, [n for n in of_block.get(index, []) if n not in values], source, sink)
-        if journal is not None: journal.finish_block(index, record_of(walk, found, {n: sink.edited[n] for n in values}), {})
+        if journal is not None:
+            journal.finish_block(index, record_of(walk, found, {n: sink.edited[n] for n in values}), {})
         for activations in used: activations.drop()
         tell(index, [result for _, result in found])
     return results
@@ -156,13 +157,14 @@ def deliver(plan:Plan, found:list, values:dict[str, Tensor], sink) -> list[Layer
         sink.put(result.layer, QuantizedWeight(*parts, quantized.scheme), result)
     return [result for _, result in found]
 
-# %% ../../nbs/core/decoder_walk.ipynb #d6e5524b
+# %% ../../nbs/core/decoder_walk.ipynb #8d3bfa28
 def record_of(walk:BlockWalk, found:list, edited:dict[str, str]) -> dict: # Plain values
     "One block for the journal."
     return {"apart": walk.in_float is not walk.stream, "passes": walk.passes, "edited": edited,
-            "results": [{"layer": r.layer.name, "relative_error": r.relative_error, "digest": r.digest, "seconds": r.seconds,
-                         "notes": dict(r.notes)} for _, r in found]}
+            "results": [{"layer": r.layer.name, "relative_error": r.relative_error, "digest": r.digest,
+                         "seconds": r.seconds, "notes": dict(r.notes)} for _, r in found]}
 
 def restored(entry:dict, layers:dict[str, LayerPlan]) -> LayerResult:
     "A result that the journal kept."
-    return LayerResult(layers[entry["layer"]], entry["relative_error"], entry["digest"], entry["seconds"], entry["notes"])
+    return LayerResult(layers[entry["layer"]], entry["relative_error"], entry["digest"], entry["seconds"],
+                       entry["notes"])

@@ -148,7 +148,7 @@ def options_of(
     own = {} if own in (None, "pass") else own
     return {**{k: v for k, v in section.items() if not isinstance(v, Mapping) and v != "pass"}, **own}, sections
 
-# %% ../../nbs/core/in_memory.ipynb #16709ac8
+# %% ../../nbs/core/in_memory.ipynb #55048398
 def plan_model(
     quantizer,                  # A configured quantizer
     model,                      # A transformers model
@@ -159,7 +159,8 @@ def plan_model(
 ) -> tuple[Plan, Any, ModelSource]: # The plan, the adapter, the source
     "What would be done to a model in memory."
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
-        raise UsageError(f"the model is {type(model).__name__}; give a transformers model (a folder: llmquant.quantize)")
+        raise UsageError(f"the model is {type(model).__name__}; give a transformers model "
+                         "(a folder: llmquant.quantize)")
     listed = target_layers if isinstance(target_layers, Iterable | None) else [None]
     if not all(type(i) is int for i in listed or ()):
         raise UsageError(f"target_layers {target_layers!r} must be a list of decoder layer numbers")
@@ -171,7 +172,7 @@ def plan_model(
                      torch_dtype=torch_dtype, overrides=overrides)
     return plan, adapter, source
 
-# %% ../../nbs/core/in_memory.ipynb #82e7897d
+# %% ../../nbs/core/in_memory.ipynb #dd6ad417
 def calibration_for(
     model,                 # A transformers model
     data:Any,              # What the call was given, see `as_calibration`
@@ -183,10 +184,10 @@ def calibration_for(
     if data is not None: return as_calibration(data)
     folder, text = Path(getattr(model, "name_or_path", "") or ""), model.config.get_text_config()
     if not str(folder) or not folder.is_dir():
-        raise UsageError(f"{name} measures activations and the model does not say which folder its tokenizer is in; give "
-                         "calibration_data=load_calibration(None, folder, ...) of llmquant.calibration.data")
-    return load_calibration(section.get("dataset"), folder, text.vocab_size, section.get("num_samples", 100), section.get("max_length", 2048),
-                            section.get("seed") or 0, section.get("column"))
+        raise UsageError(f"{name} measures activations and the model does not say which folder its tokenizer is in; "
+                         "give calibration_data=load_calibration(None, folder, ...) of llmquant.calibration.data")
+    return load_calibration(section.get("dataset"), folder, text.vocab_size, section.get("num_samples", 100),
+                            section.get("max_length", 2048), section.get("seed") or 0, section.get("column"))
 
 # %% ../../nbs/core/in_memory.ipynb #27a0bc06
 def calibrate_model(
@@ -205,7 +206,7 @@ def calibrate_model(
     walk = begin(plan, quantizer, for_model(model, adapter, dtype), found.tokens, section.get("batch_size", 1), storage)
     climb(walk, sink, None, partial(adapter.smoothing_pairs, model.config.to_dict()))
 
-# %% ../../nbs/core/in_memory.ipynb #90aaa793
+# %% ../../nbs/core/in_memory.ipynb #b7e3e33a
 @torch.no_grad()
 def quantize_model(
     quantizer,                  # A quantizer
@@ -222,9 +223,11 @@ def quantize_model(
     options, sections = options_of(config, quantizer.name, bits=bits, group_size=group_size)
     if options or not quantizer.settings: quantizer.configure(options)
     torch_dtype = sections["model"].get("torch_dtype", "auto")
-    plan, adapter, source = plan_model(quantizer, model, bits, group_size, target_layers, torch_dtype, sections["overrides"])
+    plan, adapter, source = plan_model(quantizer, model, bits, group_size, target_layers, torch_dtype,
+                                       sections["overrides"])
     with ModuleSink(model, adapter, quantizer.name) as sink:
-        if quantizer.needed_statistics(): calibrate_model(quantizer, model, adapter, plan, calibration_data, sections["calibration"], sink)
+        if quantizer.needed_statistics():
+            calibrate_model(quantizer, model, adapter, plan, calibration_data, sections["calibration"], sink)
         else:
             for layer in plan.quantized:
                 quantized, result = quantize_layer(quantizer, layer, source.tensor(f"{layer.name}.weight"), None)

@@ -57,7 +57,7 @@ def predict(
                       forward=4 * tokens * (widest + 6 * hidden_size), solving=4 * solving, reading=kept,
                       hidden=2 * streams * windows * length * hidden_size * bytes_per_value)
 
-# %% ../../nbs/core/memory.ipynb #ebc39920
+# %% ../../nbs/core/memory.ipynb #fc78056d
 def _copies(stored, written) -> int:
     "Bytes for each value of a tensor that is only copied, as read and, where it is cast, as written."
     return stored.itemsize + (written.itemsize if stored != written else 0)
@@ -81,16 +81,18 @@ def _statistics(plan:Plan, statistics:tuple[str, ...]) -> tuple[int, int]:
     for inputs in measured.values():
         left = held = squares * sum(width**2 for width, _ in inputs)
         for (width, _), rows in sorted(inputs.items(), key=lambda item: item[0][0] * item[1]):
-            worst = max(worst, left + (width**2 if squares == 1 else 0) + 3 * rows * width) # cross goes when the factor comes
+            factor = width**2 if squares == 1 else 0 # cross goes when the factor comes
+            worst = max(worst, left + factor + 3 * rows * width)
             left -= squares * width**2
         total = max(total, held)
     return total, max(worst - total, 0) if squares else 0
 
-# %% ../../nbs/core/memory.ipynb #de39202f
+# %% ../../nbs/core/memory.ipynb #d439d650
 def _input_of(name:str) -> str:
     "A guess at the input that a Linear reads, from its name."
     parent, _, leaf = name.rpartition(".")
-    return f"{parent}.{'out' if any(part in leaf for part in ('o_proj', 'down', 'out', 'dense', 'fc2', '_b_proj')) else 'in'}{leaf[0] if '_b_' in leaf else ''}"
+    out = any(part in leaf for part in ("o_proj", "down", "out", "dense", "fc2", "_b_proj"))
+    return f"{parent}.{'out' if out else 'in'}{leaf[0] if '_b_' in leaf else ''}"
 
 # %% ../../nbs/core/memory.ipynb #7d7f25c2
 def resident() -> int:
@@ -105,7 +107,7 @@ def available() -> int|None:
     except OSError: return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
 
-# %% ../../nbs/core/memory.ipynb #6f83bb60
+# %% ../../nbs/core/memory.ipynb #5c1ff90a
 def fit(
     need:MemoryNeed,      # With hidden states in memory
     ceiling:int|None,     # What the user allows for the whole process, or None
@@ -115,7 +117,9 @@ def fit(
     if room is None or need.peak <= room: return need
     smaller = replace(need, in_files=True)
     if ceiling is not None and smaller.peak > ceiling:
-        parts = ", ".join(f"{name} {getattr(need, name) / 1e9:.2f} GB" for name in ("process", "block", "statistics", "forward", "solving", "reading"))
-        raise UsageError(f"max_memory {ceiling / 1e9:.2f} GB is too little: this run takes {smaller.peak / 1e9:.2f} GB with its hidden states in files "
-                         f"({parts}); allow that much, or lower calibration.batch_size or calibration.max_length")
+        names = ("process", "block", "statistics", "forward", "solving", "reading")
+        parts = ", ".join(f"{name} {getattr(need, name) / 1e9:.2f} GB" for name in names)
+        raise UsageError(f"max_memory {ceiling / 1e9:.2f} GB is too little: this run takes {smaller.peak / 1e9:.2f} GB "
+                         f"with its hidden states in files ({parts}); allow that much, or lower "
+                         "calibration.batch_size or calibration.max_length")
     return smaller

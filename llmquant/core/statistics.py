@@ -77,12 +77,13 @@ def finish(self:LayerStats) -> LayerStats:
         if total is not None: total /= max(self.tokens, 1)
     return self
 
-# %% ../../nbs/core/statistics.ipynb #aaf79b9d
+# %% ../../nbs/core/statistics.ipynb #35a21f16
 @patch
 def copy(self:LayerStats) -> LayerStats: # The notes are the copy's own
     "The same statistics in tensors of their own."
     own = lambda t: None if t is None else t.clone()
-    return LayerStats(self.tokens, own(self.hessian), own(self.cross), own(self.maxima), own(self.means), dict(self.notes))
+    return LayerStats(self.tokens, own(self.hessian), own(self.cross), own(self.maxima), own(self.means),
+                      dict(self.notes))
 
 # %% ../../nbs/core/statistics.ipynb #7014230e
 @patch
