@@ -32,7 +32,7 @@ def raw_bytes(
     "The tensor's bytes in C order."
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
 
-# %% ../../nbs/core/qtensor.ipynb #8ab9a5eb
+# %% ../../nbs/core/qtensor.ipynb #c307f47a
 @dataclass(frozen=True)
 class QuantizedWeight:
     "A weight as integer codes on a grid."
@@ -53,7 +53,7 @@ class QuantizedWeight:
                                  f"must be {dtype_name(dtype)} {list(shape)}")
 
     def check_values(self):
-        "`UsageError` when codes or zeros leave the grid or a scale is no positive number; shapes are checked when made."
+        "`UsageError` when codes or zeros leave the grid or a scale is not positive; shapes are checked when made."
         qmax, middle = self.scheme.qmax, self.scheme.middle
         whole = [("codes", self.codes)] if self.scheme.float_zeros else [("codes", self.codes), ("zeros", self.zeros)]
         for what, t in whole:

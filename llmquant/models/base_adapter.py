@@ -13,12 +13,12 @@ from pathlib import Path
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-# %% ../../nbs/models/base_adapter.ipynb #3f5d743d
+# %% ../../nbs/models/base_adapter.ipynb #5ed7c211
 from ..core.errors import UsageError, closest
 from .sites import (TIED, LinearSite, module_of, number_of_blocks, sites_by_names, split_block,
                                    text_config)
-from .skeleton import (assemble, checkpoint_names, find_blocks, module_names, on_disk, saved_state, sites_by_skeleton,
-                                      skeleton)
+from .skeleton import (assemble, checkpoint_names, find_blocks, module_names, on_disk, saved_state,
+                                      sites_by_skeleton, skeleton)
 
 # %% ../../nbs/models/base_adapter.ipynb #1b6a907c
 def group_sites(

@@ -81,7 +81,7 @@ def rounding_order(self:GPTQQuantizer,
     if self.current()["desc_act"] is True: return diagonal.argsort(descending=True, stable=True), True
     return torch.arange(len(diagonal), device=diagonal.device), False
 
-# %% ../../nbs/quantizers/gptq_quantizer.ipynb #66130825
+# %% ../../nbs/quantizers/gptq_quantizer.ipynb #498b6134
 def corrected_(
     target:Tensor,   # float32 [in_features, out_features], columns in the order of `factor`; corrected in place
     shift:Tensor,    # float32 [in_features, out_features]: (weight @ cross)ᵀ in the same order
@@ -89,10 +89,11 @@ def corrected_(
     strength:float,  # 0 to 1
 ) -> Tensor:         # `target`
     "Move the weight to where it gives, on the quantized stream's inputs, more of what it gave on the float stream's."
-    for part, own in zip(target.split(1024, 1), shift.split(1024, 1)): part.addmm_(factor.T, factor @ own, alpha=strength)
+    for part, own in zip(target.split(1024, 1), shift.split(1024, 1)):
+        part.addmm_(factor.T, factor @ own, alpha=strength)
     return target
 
-# %% ../../nbs/quantizers/gptq_quantizer.ipynb #a232804b
+# %% ../../nbs/quantizers/gptq_quantizer.ipynb #541183d2
 def output_error(
     weight:Tensor,    # float32 [out_features, in_features]
     quantized:Tensor, # What its codes stand for
@@ -100,8 +101,9 @@ def output_error(
 ) -> float:           # sqrt(tr(Δ H Δᵀ) / tr(W H Wᵀ)); 0 for a weight without output
     "The relative error of a layer's outputs on the calibration inputs."
     lost = whole = 0.
-    for w, q in zip(weight.split(1024), quantized.split(1024)): # parts add up; a few at a time need no copy of a large matrix
-        size = lambda rows: sum(float(((rows @ h) * r).sum()) for h, r in zip(hessian.split(2048, 1), rows.split(2048, 1)))
+    for w, q in zip(weight.split(1024), quantized.split(1024)): # a few rows at a time: no copy of a large matrix
+        size = lambda rows: sum(float(((rows @ h) * r).sum())
+                                for h, r in zip(hessian.split(2048, 1), rows.split(2048, 1)))
         lost, whole = lost + size(q - w), whole + size(w)
     return (max(lost, 0) / whole)**.5 if whole > 0 else 0.
 
