@@ -103,13 +103,14 @@ def hqq(options, tokens, base):
 
 def gptqmodel(options, tokens, base):
     "`GPTQModel.quantize`, which leaves packed layers; they are read by passing the identity through each."
+    import torch
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
     config = QuantizeConfig(bits=options["bits"], group_size=GROUP_SIZE, sym=False, offload_to_disk=False)
     rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in tokens]
 
     def quantize(model):
-        model = GPTQModel.load(str(base), config, device="cpu")
+        model = GPTQModel.load(str(base), config, device="cpu", dtype=torch.float32)
         model.quantize(rows, batch_size=BATCH, backend=BACKEND.TORCH)
         return model.model
 
