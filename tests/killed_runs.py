@@ -26,6 +26,7 @@ def fork(work) -> int:
 def main(path: str, out: str, kills: int, seed: int, keys: dict) -> dict:
     "Kill `kills` runs, finish the last; what happened."
     import transformers  # noqa: F401 (imported once, for all children)
+
     from llmquant.pipeline import quantize
     torch.set_num_threads(1)
 

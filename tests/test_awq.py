@@ -2,9 +2,9 @@
 from dataclasses import replace
 
 import pytest
+import tiny
 import torch
 
-import tiny
 from llmquant.core.activations import Activations
 from llmquant.core.block_source import for_model
 from llmquant.core.block_walk import BlockView, BlockWalk

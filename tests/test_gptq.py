@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from llmquant.core.errors import UsageError
-from llmquant.core.quantizer_registry import QuantizerRegistry
 from llmquant.core.qtensor import round_to_grid
+from llmquant.core.quantizer_registry import QuantizerRegistry
 from llmquant.core.scheme import QuantScheme
 from llmquant.core.statistics import LayerStats
 from llmquant.quantizers.gptq_quantizer import GPTQQuantizer
