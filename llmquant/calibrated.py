@@ -6,7 +6,7 @@
 __all__ = ['logger', 'WITHOUT_EFFECT', 'calibration_of', 'sample_from', 'need_of', 'check_pairs', 'identity', 'calibrated_carry',
            'compute_dtype', 'spoken']
 
-# %% ../nbs/calibrated.ipynb #1a8b0b62
+# %% ../nbs/calibrated.ipynb #fdc56529
 import logging
 from functools import partial
 from types import SimpleNamespace
@@ -20,8 +20,6 @@ from .core.decoder_walk import Storage, begin, climb
 from .core.errors import UsageError
 from .core.memory import MemoryNeed, fit, predict, resident
 from .core.plan import Plan
-from .core.quantizer_registry import BaseQuantizer
-from .core.scheme import dtype_name
 from .core.walk import LayerResult
 from .utils.config import Recipe, recipe_to_dict
 from .utils.logging import progress
@@ -82,7 +80,7 @@ def need_of(
                    c["batch_size"], tuple(quantizer.needed_statistics()), source.dtype.itemsize)
     return fit(need, recipe.max_memory)
 
-# %% ../nbs/calibrated.ipynb #e4dd2d3f
+# %% ../nbs/calibrated.ipynb #d930dfb2
 def check_pairs(
     plan:Plan,               # What will be done
     adapter,                 # Of the model's family
@@ -90,7 +88,7 @@ def check_pairs(
     source:CheckpointSource, # The model
 ):
     "`UsageError` when the method needs smoothing pairs and the adapter names none."
-    if type(quantizer).prepare_block is BaseQuantizer.prepare_block: return
+    if not quantizer.edits_blocks(): return
     if any(adapter.smoothing_pairs(source.config, block) for block in sorted({l.block for l in plan.quantized})): return
     raise UsageError(f"{quantizer.name} needs smoothing pairs, and the adapter {adapter.model_type} names none for "
                      f"model type {source.config.get('model_type')!r}; use gptq, or give an adapter whose "

@@ -143,5 +143,8 @@ def test_self_writes_its_own_text(checkpoints, tmp_path):
 def test_awq_asks_for_pairs_before_any_work(checkpoints, tmp_path):
     with pytest.raises(UsageError, match="awq needs smoothing pairs, and the adapter default names none for model type 'gemma2'"):
         quantize(checkpoints("gemma2"), tmp_path / "out", "awq", bits=4, group_size=32, **KEYS)
-    report = quantize(checkpoints("gemma2"), tmp_path / "out", "gptq", bits=4, group_size=32, **KEYS)
-    assert len(report["layers"]) == 14
+    assert not (tmp_path / "out").exists()
+    clipped = {"quantization": {"awq": {"n_grid": 0}}} # clipping alone needs no pairs
+    for name, method, config in ("a", "gptq", None), ("b", "awq", clipped):
+        report = quantize(checkpoints("gemma2"), tmp_path / name, method, bits=4, group_size=32, config=config, **KEYS)
+        assert len(report["layers"]) == 14

@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['Activations']
 
-# %% ../../nbs/core/activations.ipynb #2ce6afb1
+# %% ../../nbs/core/activations.ipynb #1658a9b4
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path

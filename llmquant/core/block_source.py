@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['BlockSource', 'for_checkpoint', 'for_model', 'BlockInputs']
 
-# %% ../../nbs/core/block_source.ipynb #f2f7d054
+# %% ../../nbs/core/block_source.ipynb #9830f808
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fastcore.basics import patch
 import torch
 from torch import Tensor, nn
-from .errors import UsageError
 
 # %% ../../nbs/core/block_source.ipynb #b58a024b
 @dataclass

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SAME_FUNCTION', 'BlockWalk', 'BlockView']
 
-# %% ../../nbs/core/block_walk.ipynb #fff61f6e
-from collections.abc import Callable, Iterable, Mapping
+# %% ../../nbs/core/block_walk.ipynb #7d9cd401
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +18,6 @@ from .block_source import BlockInputs, BlockSource
 from .input_groups import Enough, input_groups, watching
 from .errors import UsageError
 from .plan import LayerPlan, Plan
-from .quantizer_registry import BaseQuantizer
 from .statistics import LayerStats
 from .walk import quantize_layer, quantize_stack
 
@@ -197,7 +196,7 @@ def solve(self:BlockWalk,
         modules[result.layer.name].weight.data.copy_(quantized.dequantize(torch.float32))
     return found
 
-# %% ../../nbs/core/block_walk.ipynb #fd8dd371
+# %% ../../nbs/core/block_walk.ipynb #fef8839f
 @patch
 def quantize_block(self:BlockWalk,
     index:int, block:nn.Module,    # The block, in float
@@ -209,6 +208,9 @@ def quantize_block(self:BlockWalk,
     find = lambda name: self.blocks.adapter.get_layer_by_name(self.blocks.model, name)
     modules = {name: find(name) for name in plans}
     groups = self.find_groups(index, block, modules)
+    if self.quantizer.settings.get("true_sequential") and self.edits:
+        raise UsageError(f"{self.quantizer.name} edits blocks before it quantizes, so true_sequential cannot be kept; "
+                         "set it to false")
     if self.quantizer.settings.get("true_sequential"):
         return self._in_turn(index, block, plans, modules, groups, keep), set()
     leaders = {names[0]: modules[names[0]] for names in groups}
@@ -225,11 +227,11 @@ def quantize_block(self:BlockWalk,
         found |= {r.layer.name: (q, r) for q, r in self.solve({n: modules[n] for n in names}, plans, stats)}
     return [found[name] for names in groups for name in names], view.edited
 
-# %% ../../nbs/core/block_walk.ipynb #f40c3bf8
+# %% ../../nbs/core/block_walk.ipynb #7f72b431
 @patch(as_prop=True)
 def edits(self:BlockWalk) -> bool:
     "Whether the method edits blocks."
-    return type(self.quantizer).prepare_block is not BaseQuantizer.prepare_block
+    return self.quantizer.edits_blocks()
 
 @patch
 def _in_turn(

@@ -17,7 +17,7 @@ from .qtensor import QuantizedWeight
 from .registry import Registry
 from .scheme import QuantScheme, scheme_for
 
-# %% ../../nbs/core/quantizer_registry.ipynb #4a11be52
+# %% ../../nbs/core/quantizer_registry.ipynb #d7073d55
 class BaseQuantizer:
     "One quantization method; subclasses write `quantize_weight`, or the guide's `quantize`."
     name = ""                                # Overridden by the class or in its constructor
@@ -44,6 +44,10 @@ class BaseQuantizer:
     ) -> QuantizedWeight:
         "Quantize one weight."
         raise NotImplementedError(f"{type(self).__name__} does not define quantize_weight")
+
+    def edits_blocks(self) -> bool: # By its settings; what edits needs an architecture with smoothing pairs
+        "Whether `prepare_block` does anything."
+        return type(self).prepare_block is not BaseQuantizer.prepare_block
 
     def promises_step(self,
         scheme:QuantScheme, # The grid in use

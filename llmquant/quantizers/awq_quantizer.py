@@ -117,7 +117,7 @@ def _best_of_part(part:Tensor, blocks:Tensor, scheme:QuantScheme) -> tuple[Tenso
         best, scales, zeros = (torch.where(better, a, b) for a, b in ((error, best), (s, scales), (z, zeros)))
     return scales, zeros
 
-# %% ../../nbs/quantizers/awq_quantizer.ipynb #9730e710
+# %% ../../nbs/quantizers/awq_quantizer.ipynb #9b4d78ac
 class AWQQuantizer(BaseQuantizer):
     "Columns scaled by the size of what they are given, then rounded on clipped ranges."
     name = "awq"
@@ -136,6 +136,10 @@ class AWQQuantizer(BaseQuantizer):
     def needed_statistics(self) -> tuple[str, ...]: # Of the Statistics page
         "What calibration must measure for it."
         return "hessian", "maxima"
+
+    def edits_blocks(self) -> bool: # Without exponents to try there is nothing to fold
+        "Whether it looks for factors at all."
+        return bool(self.current()["n_grid"])
 
     def preferred_format(self,
         scheme:QuantScheme, # The grid in use
