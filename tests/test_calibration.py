@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import texts
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,7 +21,7 @@ from llmquant.calibration.tokens import cut_windows, first_tokens, load_tokenize
 from llmquant.core.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
-WIKITEXT = ROOT.parent / "shared/data/eval/wikitext2_valid.raw"
+WIKITEXT = texts.find("wikitext2_valid.raw")
 VOCABULARY = 49152  # of SmolLM2
 TURNS = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Which way is up?"},
          {"role": "assistant", "content": "Against the pull."}]
@@ -63,7 +64,7 @@ def write(path, rows):
 def test_the_protocol_of_the_figures(folder, rust):
     "Consecutive windows from the start of wikitext-2, no BOS, as if the whole text had been tokenized."
     if not WIKITEXT.is_file():
-        pytest.skip("no wikitext-2 (raw, validation) in ../shared/data/eval beside this checkout")
+        pytest.skip("no wikitext2_valid.raw; name its folder in LLMQUANT_TEXTS")
     data = load_calibration(WIKITEXT, folder, VOCABULARY, 32, 512)
     ids = rust(WIKITEXT.read_text(encoding="utf-8"))[:32 * 512]
     assert data.tokens.dtype == torch.int64 and data.tokens.shape == (32, 512)

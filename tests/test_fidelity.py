@@ -1,7 +1,7 @@
 """Fidelity equals plain arithmetic: on the demo model in float32, against numpy in float64 and against known figures.
 
-The figures hold on one text, the raw test part of wikitext-2. It is no part of this project; where it does not lie in
-../shared/data/eval beside the checkout, the tests that need it are skipped and say so.
+The figures hold on one text, the raw test part of wikitext-2. It is no part of this project; where it is not
+found (see texts.py), the tests that need it are skipped and say so.
 """
 
 import copy
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import plain_minmax
 import pytest
+import texts
 import torch
 
 from llmquant.core.grid import squared_error
@@ -20,7 +21,7 @@ from llmquant.core.scheme import QuantScheme
 from llmquant.evaluation.perplexity import perplexity
 from llmquant.quantizers.minmax_quantizer import MinMaxQuantizer
 
-TEXT = Path(__file__).resolve().parents[2] / "shared/data/eval/wikitext2_test.raw"
+TEXT = texts.find("wikitext2_test.raw")
 FLOAT32 = {"model": {"torch_dtype": "float32"}}
 CHANNEL = QuantScheme(8, granularity="channel", group_size=0, scale_dtype=torch.float32)
 GROUPS = QuantScheme(4, group_size=64, scale_dtype=torch.float32)
@@ -42,7 +43,7 @@ def demo():
 def ids(demo):
     "Token ids of the text."
     if not TEXT.exists():
-        pytest.skip("no wikitext-2 (raw, test) in ../shared/data/eval beside this checkout")
+        pytest.skip("no wikitext2_test.raw; name its folder in LLMQUANT_TEXTS")
     return demo[1](TEXT.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
 
 
