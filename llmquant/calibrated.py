@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['logger', 'WITHOUT_EFFECT', 'calibration_of', 'sample_from', 'need_of', 'check_pairs', 'identity', 'calibrated_carry',
-           'compute_dtype', 'spoken']
+           'spoken']
 
-# %% ../nbs/calibrated.ipynb #fdc56529
+# %% ../nbs/calibrated.ipynb #00da8430
 import logging
 from functools import partial
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ import torch
 from . import __version__
 from .calibration.data import CalibrationData, load_calibration
 from .checkpoint.source import CheckpointSource, fingerprint
-from .core.block_source import for_checkpoint
+from .core.block_source import compute_dtype, for_checkpoint
 from .core.decoder_walk import Storage, begin, climb
 from .core.errors import UsageError
 from .core.memory import MemoryNeed, fit, predict, resident
@@ -108,7 +108,7 @@ def identity(
     return values | {"model": fingerprint(source), "calibration": data.fingerprint, "device": torch.device(device).type,
                      "llmquant": __version__, "torch": str(torch.__version__)}
 
-# %% ../nbs/calibrated.ipynb #0af1b120
+# %% ../nbs/calibrated.ipynb #9471f115
 def calibrated_carry(
     recipe:Recipe, plan:Plan, adapter, quantizer, # What to do
     source:CheckpointSource,  # Where tensors come from
@@ -120,7 +120,7 @@ def calibrated_carry(
 ) -> list[LayerResult]:
     "Walk up the decoder and bring everything to the sink."
     journal = SimpleNamespace(done=sink.writer.journal.done, finish_block=sink.writer.finish_block)
-    blocks = for_checkpoint(source, adapter, device, compute_dtype(device, source.dtype))
+    blocks = for_checkpoint(source, adapter, device, compute_dtype(device, source.dtype, quantizer.edits_blocks()))
     storage = Storage(source.dtype, None if need.in_files else "cpu" if device == "cpu" else device,
                       sink.writer.journal.place)
     if journal.done: logger.info("going on at block %d of %d", len(journal.done), len(blocks))
@@ -135,14 +135,7 @@ def calibrated_carry(
               "memory": {"predicted_peak_mib": need.peak >> 20}}
     return results
 
-# %% ../nbs/calibrated.ipynb #1c4fccca
-def compute_dtype(
-    device:str,         # Where
-    dtype:torch.dtype,  # The checkpoint's
-) -> torch.dtype:
-    "float32 on a CPU, where half-precision products are slower and less exact; the model's own elsewhere."
-    return torch.float32 if torch.device(device).type == "cpu" else dtype
-
+# %% ../nbs/calibrated.ipynb #1b13f73f
 def spoken(index:int, results:list[LayerResult]) -> str:
     "The worst layer of a block for the bar; every layer for `--verbose`."
     for r in results:

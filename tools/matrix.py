@@ -6,7 +6,8 @@
     matrix.py --budget-seconds 400             begin no more chunks of rows after that
 
 A row is a tiny model quantized, exported, loaded by vLLM in float16 and compared with the dequantized export
-in transformers (float32) at 4 x 48 tokens: the mean KL divergence must be at most 1e-4. `plugin` rows ask for
+in transformers (float32) at 4 x 48 tokens: the mean KL divergence must be at most 1e-4. `smollm2` rows are the demo's
+language model. `plugin` rows ask for
 `quantization="minmax"`, or the name of another method that made them; `stock` rows run without plugins, wherever vLLM has a kernel of its own for that layout on that
 platform. Mixtures of experts are judged at the positions where the router does not hang on rounding. Llama gets the
 whole product; the other families get rows that hold each pair of settings. Rows are written as each chunk ends, and a
@@ -37,6 +38,7 @@ BOUND = 1e-4
 GRANULARITIES = {"tensor": (0, {"per_channel": False}), "channel": (-1, {}), "group 32": (32, {}), "group 64": (64, {})}
 GRID = {"bits": (2, 3, 4, 8), "symmetric": (True, False), "granularity": tuple(GRANULARITIES)}
 FAMILIES = ("qwen2", "qwen3", "deepseek_v3")
+REAL = "smollm2"  # a language model, not a tiny one: `llmquant.demo`
 ALONE = Lock()  # transformers builds models with the help of global state; only vLLM's children run side by side
 
 
@@ -131,17 +133,21 @@ def methods():
     made += [("awq", 4, False, "awq"), ("awq", 4, True, "awq"), ("awq", 3, False, "compressed_tensors")]
     made += [("hqq", 4, False, "compressed_tensors"), ("hqq", 3, False, "compressed_tensors"), ("hqq", 3, False, "float_zeros")]
     rows = [Row(model, bits, symmetric, "group 64", format, method=method)
-            for model in ("llama", *FAMILIES) for method, bits, symmetric, format in made]
-    return [row for row in rows if row.format != "float_zeros" or row.model == "llama"]
+            for model in ("llama", *FAMILIES, REAL) for method, bits, symmetric, format in made]
+    return [row for row in rows if row.format != "float_zeros" or row.model in ("llama", REAL)]
 
 
 # --- one row ----------------------------------------------------------------------------------------------------------
 @cache
 def base(model, folder):
-    "The tiny checkpoint of a family."
+    "The tiny checkpoint of a family, or the real one."
     import tiny
     import tiny_tokenizer
 
+    if model == REAL:
+        from llmquant.demo import demo_base
+
+        return demo_base(Path(folder) / "base" / model, "float16")
     path = tiny.make(model, Path(folder) / "base" / model)
     tiny_tokenizer.save(path)
     return path

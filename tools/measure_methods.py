@@ -7,11 +7,14 @@
 The model is SmolLM2-135M-Instruct off its grid in float32 (`llmquant.demo`), groups of 64, asymmetric, scales in
 float16, as exports have them.
 Calibration: consecutive windows of 512 tokens from the start of --calibration, no BOS. Perplexity: the first 24 windows of
-1024 tokens of --text; rows ending in `other text` are the first 16 of --other, which the calibration never saw. Rows are written
-as they come, in the order of importance; a run that was stopped goes on where it was, unless --fresh.
+1024 tokens of --text; rows ending in `other text` are the first 16 of --other, which the calibration never saw. Sums in
+another order round differently, and a calibrated method carries that on: rows of calibrated methods are runs at several
+batch sizes, their perplexity is the runs' mean. Rows are written as they come, in the order of importance; a run that
+was stopped goes on where it was, unless --fresh.
 """
 
 import argparse
+import json
 import re
 import time
 from pathlib import Path
@@ -58,21 +61,57 @@ def calibration(bench, path, windows):
     return load_calibration(str(path), bench.base, 49152, windows, 512, 0)
 
 
-def measure(row, given, benches, results):
-    "Quantize once, read every text."
+def quantized(bench, row, given, batch_size):
+    "A quantized model, and what it took."
+    import torch
+
     from llmquant.core.quantizer_registry import QuantizerRegistry
 
-    name, method, bits, options, windows, other = row
-    data = calibration(benches[0], given.calibration, windows) if windows else None
-    model, start = benches[0].model(), time.process_time()
-    config = {**options, "calibration": {"batch_size": 4}}
+    _, method, bits, options, windows, _ = row
+    data = calibration(bench, given.calibration, windows) if windows else None
+    model = bench.model().to(given.device)
+    start, clock = time.process_time(), time.perf_counter()
+    config = {**options, "calibration": {"batch_size": batch_size}}
     model = QuantizerRegistry.get(method)().quantize(model, bits=bits, group_size=64, calibration_data=data, config=config)
-    seconds, model = time.process_time() - start, unfolded(model)
+    if given.device == "cpu": took = {"cpu_seconds": round(time.process_time() - start, 1)}
+    else:
+        torch.cuda.synchronize()
+        took = {"seconds": round(time.perf_counter() - clock, 1), "peak_gpu_mib": torch.cuda.max_memory_allocated() >> 20}
+    return unfolded(model), {"device": device_name(given), "batch_size": batch_size if windows else None, **took}
+
+
+def device_name(given):
+    "What computes."
+    import torch
+
+    return "cpu" if given.device == "cpu" else torch.cuda.get_device_name()
+
+
+def measure(row, given, benches, results):
+    "Quantize at each batch size that is still to be measured, and read every text."
+    name, method, bits, options, windows, other = row
     facts = {"method": method, "bits": bits, "group_size": 64, "symmetric": False, "options": options,
-             "calibration": f"{called(given.calibration)}, {windows} x 512" if windows else None, "cpu_seconds": round(seconds, 1)}
-    for bench, text, ending in zip(benches, (given.text, given.other), ("", ", other text")):
-        if ending and not other: continue
-        results.add(name=name + ending, **facts, text=called(text), windows=bench.windows, perplexity=round(bench.perplexity(model), 4))
+             "calibration": f"{called(given.calibration)}, {windows} x 512" if windows else None}
+    for batch_size in given.batch_sizes if windows else given.batch_sizes[:1]:
+        if batch_size in [run["batch_size"] or batch_size for run in results.runs(name)]: continue
+        model, run = quantized(benches[0], row, given, batch_size)
+        for bench, text, ending in zip(benches, (given.text, given.other), ("", ", other text")):
+            if ending and not other: continue
+            runs = [*results.runs(name + ending), {**run, "perplexity": round(bench.perplexity(model), 4)}]
+            mean = round(sum(r["perplexity"] for r in runs) / len(runs), 4)
+            results.add(name=name + ending, **facts, text=called(text), windows=bench.windows, perplexity=mean, runs=runs)
+
+
+class Rows(Results):
+    "Results whose rows are made of runs, on one machine or several."
+
+    def __init__(self, path, header, fresh=False):
+        super().__init__(path, header, fresh)
+        if self.rows: header["machines"] = json.loads(self.path.read_text())["machines"] | header["machines"]
+
+    def runs(self, name):
+        "Runs of one row so far."
+        return next((row["runs"] for row in self.rows if row["name"] == name), [])
 
 
 def main():
@@ -84,6 +123,8 @@ def main():
     parser.add_argument("--base", type=Path, default=ROOT / "demo" / "base-float32", help="where the float32 model is, or will be made")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "methods.json")
     parser.add_argument("--rows", default="")
+    parser.add_argument("--device", default="cpu", help="where to quantize and to measure")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[4], help="windows per pass, one run for each")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--fresh", action="store_true")
     given = parser.parse_args()
@@ -91,16 +132,17 @@ def main():
     if given.list: return print(*(row[0] for row in rows), sep="\n")
     if not given.calibration or not given.text: parser.error("--calibration and --text must be given")
     benches = [bench_of(given, given.text, 24)] + ([bench_of(given, given.other, 16)] if given.other else [])
-    header = {"command": "tools/measure_methods.py", "about": __doc__.split("\n")[0], "machine": machine(),
+    header = {"command": "tools/measure_methods.py", "about": __doc__.split("\n")[0],
+              "machines": {device_name(given): machine()},
               "protocol": {"model": "SmolLM2-135M-Instruct, llmquant.demo, float32", "context": CONTEXT, "text": given.text.name,
                            "calibration": given.calibration.name}}
-    results = Results(given.out, header, given.fresh)
+    results = Rows(given.out, header, given.fresh)
     for bench, text, ending in zip(benches, (given.text, given.other), ("", ", other text")):
         if not results.has(name=f"float32{ending}"):
             results.add(name=f"float32{ending}", method="float32", bits=32, text=called(text), windows=bench.windows,
-                        perplexity=round(bench.perplexity(bench.model()), 4))
+                        perplexity=round(bench.perplexity(bench.model().to(given.device)), 4))
     for row in rows:
-        if not results.has(name=row[0]): measure(row, given, benches, results)
+        measure(row, given, benches, results)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 __all__ = ['MARKS', 'ModelSource', 'ModuleSink', 'replace_module_', 'refuse_save_pretrained', 'finish_', 'options_of',
            'plan_model', 'calibration_for', 'calibrate_model', 'quantize_model', 'own_grid', 'adopt', 'is_adopted']
 
-# %% ../../nbs/core/in_memory.ipynb #f866aa7b
+# %% ../../nbs/core/in_memory.ipynb #8fb1a741
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from .block_source import for_model
+from .block_source import compute_dtype, for_model
 from .decoder_walk import Storage, begin, climb
 from .errors import UsageError
 from .model_registry import ModelRegistry
@@ -189,7 +189,7 @@ def calibration_for(
     return load_calibration(section.get("dataset"), folder, text.vocab_size, section.get("num_samples", 100),
                             section.get("max_length", 2048), section.get("seed") or 0, section.get("column"))
 
-# %% ../../nbs/core/in_memory.ipynb #27a0bc06
+# %% ../../nbs/core/in_memory.ipynb #6c562e6f
 def calibrate_model(
     quantizer,        # Configured
     model,            # A transformers model
@@ -201,7 +201,7 @@ def calibrate_model(
 ):
     "Walk up a model's blocks."
     found = calibration_for(model, data, section, quantizer.name)
-    dtype = torch.float32 if model.device.type == "cpu" else model.dtype
+    dtype = compute_dtype(str(model.device), model.dtype, quantizer.edits_blocks())
     storage = Storage(model.dtype, str(model.device))
     walk = begin(plan, quantizer, for_model(model, adapter, dtype), found.tokens, section.get("batch_size", 1), storage)
     climb(walk, sink, None, partial(adapter.smoothing_pairs, model.config.to_dict()))

@@ -1,0 +1,48 @@
+"""Calibrated methods on a GPU: the CPU's errors, and the same codes through both doors. Skipped where there is none."""
+import pytest
+import tiny
+import tiny_tokenizer
+import torch
+import yaml
+
+from llmquant import quantize
+from llmquant.core.quant_linear import QuantLinear
+from llmquant.core.quantizer_registry import QuantizerRegistry
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+METHODS = {"minmax": {}, "gptq": {}, "gptq, true_sequential": {"true_sequential": True}, "gptq, order": {"desc_act": True},
+           "awq": {}, "hqq": {}, "hqq, float zeros": {"float_zeros": True}}
+
+
+def errors(name, device):
+    "Relative error of each Linear of a tiny model quantized on a device."
+    quantizer, model = QuantizerRegistry.get(name.split(",")[0])(), tiny.build("llama", torch.float32).to(device)
+    tokens = torch.randint(3, 512, (8, 64), generator=torch.Generator().manual_seed(0))
+    config = {**METHODS[name], **({} if quantizer.data_free else {"calibration": {"batch_size": 4}})}
+    quantizer.quantize(model, bits=4, group_size=32, calibration_data=None if quantizer.data_free else tokens, config=config)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    assert all(m.qweight.device.type == device for m in layers.values())
+    return {n: m.relative_error for n, m in layers.items()}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_gpu_gives_the_errors_of_the_cpu(name):
+    here, there = errors(name, "cpu"), errors(name, "cuda")
+    assert here.keys() == there.keys() and len(here) == 14
+    for layer, error in here.items(): assert there[layer] == pytest.approx(error, rel=0.02), layer
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_both_doors_give_the_same_codes_on_a_gpu(method, tmp_path):
+    from transformers import AutoModelForCausalLM
+    path = tmp_path / "model"
+    tiny.make("llama", path, torch.float16)
+    tiny_tokenizer.save(path)
+    config = {"calibration": {"num_samples": 6, "max_length": 48, "batch_size": 2}}
+    quantize(path, tmp_path / "out", method, config=config, bits=4, group_size=32, device="cuda")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").cuda()
+    QuantizerRegistry.get(method)().quantize(model, bits=4, group_size=32, config=config)
+    wanted = yaml.safe_load((tmp_path / "out" / "quantization_report.yaml").read_text())["proof"]["digests"]
+    layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    digests = {m.checkpoint_name: m.quantized_weight().digest() for m in layers}
+    assert digests == wanted and len(wanted) == 14
