@@ -6,7 +6,7 @@
 __all__ = ['REPORT', 'checked_output', 'refuse_overlap', 'replace_folder', 'PartialFolder', 'copy_files', 'failed_name',
            'ExportFolder']
 
-# %% ../../nbs/checkpoint/folders.ipynb #a8dfecbb
+# %% ../../nbs/checkpoint/folders.ipynb #496159f7
 import errno
 import json
 import os
@@ -18,9 +18,9 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from .disk import disk_refusal, flush, flush_one
 from .journal import JOURNAL, Journal
 from .leftovers import counted, settle
+from ..core.disk import disk_refusal, flush, flush_one
 from ..core.errors import UsageError
 
 # %% ../../nbs/checkpoint/folders.ipynb #f6b77f9e

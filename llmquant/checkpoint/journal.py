@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['JOURNAL', 'is_alive', 'lock_file', 'flat', 'differences', 'save_state', 'SavedState', 'read_blocks', 'Journal']
 
-# %% ../../nbs/checkpoint/journal.ipynb #fe3756da
+# %% ../../nbs/checkpoint/journal.ipynb #3d39e571
 import errno
 import fcntl
 import json
@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 
-from .disk import flush, flush_one, write_at
 from .shard import (SAFETENSORS_DTYPES, SAFETENSORS_WORDS, as_bytes, open_shard, plan_shard,
                                        read_header, read_tensor)
+from ..core.disk import flush, flush_one, write_at
 from ..core.errors import LLMQuantError, UsageError
 
 # %% ../../nbs/checkpoint/journal.ipynb #ab08b416

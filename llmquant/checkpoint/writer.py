@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['split_into_shards', 'Shards', 'ExportWriter']
 
-# %% ../../nbs/checkpoint/writer.ipynb #3ade1d10
+# %% ../../nbs/checkpoint/writer.ipynb #06da2ff4
 import errno
 import json
 import os
@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from .disk import flush, write_at
 from .folders import ExportFolder
 from .journal import JOURNAL
 from .shard import TensorInfo, as_bytes, plan_shard, tensor_bytes
+from ..core.disk import flush, write_at
 from ..core.errors import LLMQuantError, UsageError
 from ..core.names import natural_key
 

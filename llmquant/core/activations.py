@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Activations']
 
-# %% ../../nbs/core/activations.ipynb #1658a9b4
-import os
+# %% ../../nbs/core/activations.ipynb #a13e613a
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 import torch
 from fastcore.basics import patch
 from torch import Tensor
+from .disk import write_at
 from .qtensor import raw_bytes
 
 # %% ../../nbs/core/activations.ipynb #ce977e00
@@ -31,7 +31,7 @@ class Activations:
         "Bytes of all batches."
         return sum(map(prod, self.shapes)) * self.dtype.itemsize
 
-# %% ../../nbs/core/activations.ipynb #7b31e34e
+# %% ../../nbs/core/activations.ipynb #206daae8
 @patch
 def put(self:Activations,
     batch:int,     # Which
@@ -41,15 +41,8 @@ def put(self:Activations,
     hidden = hidden.detach().to(self.dtype)
     if self.device is not None: self.held[batch] = hidden.to(self.device)
     if self.path is None: return
-    handle = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o644)
-    try: _write_all(handle, memoryview(raw_bytes(hidden)), batch * prod(self.shapes[0]) * self.dtype.itemsize)
-    finally: os.close(handle)
-
-# %% ../../nbs/core/activations.ipynb #f1a5cf47
-def _write_all(handle:int, data:memoryview, offset:int):
-    "Write every byte; the system may take fewer at a time."
-    done = 0
-    while done < len(data): done += os.pwrite(handle, data[done:], offset + done)
+    self.path.touch()
+    write_at(self.path, memoryview(raw_bytes(hidden)), batch * prod(self.shapes[0]) * self.dtype.itemsize)
 
 # %% ../../nbs/core/activations.ipynb #3dcfbbf5
 @patch
