@@ -86,7 +86,7 @@ class Shards:
         names = sorted(self.places, key=natural_key)
         return {"metadata": {"total_size": self.total}, "weight_map": {name: self.places[name].file for name in names}}
 
-# %% ../../nbs/checkpoint/writer.ipynb #9d54d744
+# %% ../../nbs/checkpoint/writer.ipynb #959cff3c
 class ExportWriter(ExportFolder):
     "Writes an export tensor by tensor and puts it into place."
     def __init__(self,
@@ -134,9 +134,9 @@ class ExportWriter(ExportFolder):
         self.shards.missing.discard(name)
         if self.journal: self.journal.note(name)
 
-    def finish_block(self, index:int, results:dict, state:dict):
+    def finish_block(self, index:int, results:dict):
         "Make a block's work last, see `Journal.finish_block`."
-        with self.guarded(): self.journal.finish_block(index, results, state)
+        with self.guarded(): self.journal.finish_block(index, results)
 
     def finish(self):
         "Write the index and flush everything; the folder is complete, and still the partial one."

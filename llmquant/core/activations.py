@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Activations']
 
-# %% ../../nbs/core/activations.ipynb #a13e613a
+# %% ../../nbs/core/activations.ipynb #451dc5e6
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 import torch
 from fastcore.basics import patch
 from torch import Tensor
-from .disk import write_at
+from .disk import disk_refusal, write_at
 from .qtensor import raw_bytes
 
 # %% ../../nbs/core/activations.ipynb #ce977e00
@@ -31,18 +31,20 @@ class Activations:
         "Bytes of all batches."
         return sum(map(prod, self.shapes)) * self.dtype.itemsize
 
-# %% ../../nbs/core/activations.ipynb #206daae8
+# %% ../../nbs/core/activations.ipynb #891edde7
 @patch
 def put(self:Activations,
     batch:int,     # Which
     hidden:Tensor, # Of its shape, any float dtype
 ):
-    "Keep one batch."
+    "Keep one batch; `UsageError` when the disk does not take it."
     hidden = hidden.detach().to(self.dtype)
     if self.device is not None: self.held[batch] = hidden.to(self.device)
     if self.path is None: return
-    self.path.touch()
-    write_at(self.path, memoryview(raw_bytes(hidden)), batch * prod(self.shapes[0]) * self.dtype.itemsize)
+    try:
+        self.path.touch()
+        write_at(self.path, memoryview(raw_bytes(hidden)), batch * prod(self.shapes[0]) * self.dtype.itemsize)
+    except OSError as error: raise disk_refusal(self.path, error) from None
 
 # %% ../../nbs/core/activations.ipynb #3dcfbbf5
 @patch
