@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['STATISTICS', 'LayerStats', 'check_statistics']
 
-# %% ../../nbs/core/statistics.ipynb #31df8308
+# %% ../../nbs/core/statistics.ipynb #83df6901
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fastcore.basics import patch
 import torch
 from torch import Tensor
 from .errors import UsageError, closest
 
-# %% ../../nbs/core/statistics.ipynb #491a0a57
+# %% ../../nbs/core/statistics.ipynb #310a7890
 @dataclass
 class LayerStats:
     "What was measured at the input of a Linear, or of several that share it."
@@ -22,10 +22,13 @@ class LayerStats:
     cross: Tensor|None = None        # float32 [in_features, in_features]
     maxima: Tensor|None = None       # float32 [in_features]
     means: Tensor|None = None        # float32 [in_features]
+    low: Tensor|None = None          # float32 [in_features], smallest value of each channel
+    high: Tensor|None = None         # float32 [in_features], largest
+    histogram: Tensor|None = None    # int64 [65536], how many values round to each bfloat16 number, by its bits
     notes: dict = field(default_factory=dict) # What the method wants the report to say of this layer
 
-# %% ../../nbs/core/statistics.ipynb #293f031b
-STATISTICS = ("hessian", "cross", "maxima")
+# %% ../../nbs/core/statistics.ipynb #929be582
+STATISTICS = ("hessian", "cross", "maxima", "range")
 
 def check_statistics(
     asked:Iterable[str], # What a quantizer's `needed_statistics` returned
@@ -37,7 +40,7 @@ def check_statistics(
             raise UsageError(f"method {method} asks for the statistic {name!r}; known: {', '.join(STATISTICS)}"
                              f"{closest(name, STATISTICS)}")
 
-# %% ../../nbs/core/statistics.ipynb #1a0185a9
+# %% ../../nbs/core/statistics.ipynb #14b9d9e4
 @patch
 def add(self:LayerStats,
     inputs:Tensor,                  # [..., in_features], any float dtype: what the layer sees
@@ -54,11 +57,21 @@ def add(self:LayerStats,
         size = x.abs()
         self.maxima = size.amax(0) if self.maxima is None else torch.maximum(self.maxima, size.amax(0))
         self.means = size.sum(0) if self.means is None else self.means + size.sum(0)
+    if "range" in wanted and len(x): _add_range(self, x)
 
 # %% ../../nbs/core/statistics.ipynb #d2e96800
 def _accumulate(total:Tensor|None, left:Tensor, right:Tensor) -> Tensor:
     "total + leftᵀ right, in place where there is something to add to."
     return left.T @ right if total is None else total.addmm_(left.T, right)
+
+# %% ../../nbs/core/statistics.ipynb #b68cff1a
+def _add_range(stats:LayerStats, x:Tensor):
+    "Extremes of each channel, and the counts."
+    low, high = x.aminmax(dim=0)
+    counts = torch.bincount(x.bfloat16().view(torch.int16).flatten().int() & 0xFFFF, minlength=2**16)
+    stats.low = low if stats.low is None else torch.minimum(stats.low, low)
+    stats.high = high if stats.high is None else torch.maximum(stats.high, high)
+    stats.histogram = counts if stats.histogram is None else stats.histogram + counts
 
 # %% ../../nbs/core/statistics.ipynb #96158c14
 @patch
@@ -77,15 +90,14 @@ def finish(self:LayerStats) -> LayerStats:
         if total is not None: total /= max(self.tokens, 1)
     return self
 
-# %% ../../nbs/core/statistics.ipynb #35a21f16
+# %% ../../nbs/core/statistics.ipynb #0a124bf5
 @patch
 def copy(self:LayerStats) -> LayerStats: # The notes are the copy's own
     "The same statistics in tensors of their own."
-    own = lambda t: None if t is None else t.clone()
-    return LayerStats(self.tokens, own(self.hessian), own(self.cross), own(self.maxima), own(self.means),
-                      dict(self.notes))
+    return replace(self, notes=dict(self.notes),
+                   **{name: tensor.clone() for name, tensor in vars(self).items() if isinstance(tensor, Tensor)})
 
-# %% ../../nbs/core/statistics.ipynb #7014230e
+# %% ../../nbs/core/statistics.ipynb #6f2bbe4c
 @patch
 def scaled(self:LayerStats,
     s:Tensor, # [in_features], positive: the input becomes x / s
@@ -93,4 +105,5 @@ def scaled(self:LayerStats,
     "The statistics of the input after each channel was divided by its factor."
     both = lambda m: None if m is None else m / s[:, None] / s[None, :]
     one = lambda v: None if v is None else v / s
-    return LayerStats(self.tokens, both(self.hessian), both(self.cross), one(self.maxima), one(self.means), self.notes)
+    return replace(self, hessian=both(self.hessian), cross=both(self.cross), maxima=one(self.maxima),
+                   means=one(self.means), low=one(self.low), high=one(self.high), histogram=None)
