@@ -5,28 +5,21 @@
 # %% auto #0
 __all__ = ['FloatZerosFormat']
 
-# %% ../../nbs/formats/float_zeros.ipynb #24c74e8c
+# %% ../../nbs/formats/float_zeros.ipynb #4b0fd243
 import torch
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
+from fastcore.basics import patch
 from torch import Tensor
-from .. import __version__
 from ..core.errors import UsageError
 from ..core.format_registry import BaseFormat, group_objection
 from ..core.packing import pack_bits, unpack_bits, words_for
 from ..core.qtensor import QuantizedWeight
 from ..core.scheme import QuantScheme
+from .compressed_tensors import CompressedTensorsFormat
 from .names import expert_lists
 
-# %% ../../nbs/formats/float_zeros.ipynb #b546ee1d
-def _config_group(targets:list[str], scheme:QuantScheme) -> dict:
-    "What config.json says of the layers on one grid, in compressed-tensors' words."
-    group = scheme.group_size if scheme.granularity == "group" else None
-    weights = {"num_bits": scheme.bits, "type": "int", "strategy": "group" if group else "channel",
-               "group_size": group, "symmetric": False, "dynamic": False}
-    return {"targets": targets, "weights": weights, "input_activations": None, "output_activations": None}
-
-# %% ../../nbs/formats/float_zeros.ipynb #e2cd02be
+# %% ../../nbs/formats/float_zeros.ipynb #cbba1f1c
 class FloatZerosFormat(BaseFormat):
     "A stream of codes, scales, and zero points in float32."
     name = "float_zeros"
@@ -47,41 +40,44 @@ class FloatZerosFormat(BaseFormat):
         "Grids may differ from layer to layer."
         return ""
 
-    def layout(self,
-        layer:str,          # Module name
-        out_features:int,   # N
-        in_features:int,    # K
-        scheme:QuantScheme, # The weight's grid
-    ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]: # Tensor name to dtype and shape
-        "What `pack` will return, without the values."
-        groups = out_features, scheme.groups(in_features)
-        return {f"{layer}.weight_packed": (torch.int32, (out_features, words_for(in_features, scheme.bits))),
-                f"{layer}.weight_scale": (scheme.scale_dtype, groups), f"{layer}.weight_shape": (torch.int64, (2,)),
-                f"{layer}.weight_zero_point": (torch.float32, groups)}
+# %% ../../nbs/formats/float_zeros.ipynb #ec6afd50
+@patch
+def layout(self:FloatZerosFormat,
+    layer:str,          # Module name
+    out_features:int,   # N
+    in_features:int,    # K
+    scheme:QuantScheme, # The weight's grid
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]: # Tensor name to dtype and shape
+    "What `pack` will return, without the values."
+    groups = out_features, scheme.groups(in_features)
+    return {f"{layer}.weight_packed": (torch.int32, (out_features, words_for(in_features, scheme.bits))),
+            f"{layer}.weight_scale": (scheme.scale_dtype, groups), f"{layer}.weight_shape": (torch.int64, (2,)),
+            f"{layer}.weight_zero_point": (torch.float32, groups)}
 
-    def pack(self,
-        layer:str,              # Module name
-        weight:QuantizedWeight, # What the quantizer made
-    ) -> dict[str, Tensor]:     # Tensor name to tensor, as `layout` says
-        "The tensors that a file holds for one weight."
-        return {f"{layer}.weight_packed": pack_bits(weight.codes, weight.scheme.bits),
-                f"{layer}.weight_scale": weight.scales.contiguous(),
-                f"{layer}.weight_shape": torch.tensor(weight.codes.shape, dtype=torch.int64),
-                f"{layer}.weight_zero_point": weight.zeros.contiguous()}
+# %% ../../nbs/formats/float_zeros.ipynb #e44263d7
+@patch
+def pack(self:FloatZerosFormat,
+    layer:str,              # Module name
+    weight:QuantizedWeight, # What the quantizer made
+) -> dict[str, Tensor]:     # Tensor name to tensor, as `layout` says
+    "The tensors that a file holds for one weight."
+    return {f"{layer}.weight_packed": pack_bits(weight.codes, weight.scheme.bits),
+            f"{layer}.weight_scale": weight.scales.contiguous(),
+            f"{layer}.weight_shape": torch.tensor(weight.codes.shape, dtype=torch.int64),
+            f"{layer}.weight_zero_point": weight.zeros.contiguous()}
 
-    def unpack(self,
-        layer:str,                    # Module name
-        tensors:Mapping[str, Tensor], # Tensor name to tensor
-        scheme:QuantScheme,           # The grid that was packed
-        in_features:int,              # K
-    ) -> QuantizedWeight:             # What was packed
-        "The inverse of `pack`."
-        packed, scales, zeros = (tensors[f"{layer}.weight_{part}"] for part in ("packed", "scale", "zero_point"))
-        return QuantizedWeight(unpack_bits(packed, scheme.bits, in_features), scales, zeros, scheme)
+@patch
+def unpack(self:FloatZerosFormat,
+    layer:str,                    # Module name
+    tensors:Mapping[str, Tensor], # Tensor name to tensor
+    scheme:QuantScheme,           # The grid that was packed
+    in_features:int,              # K
+) -> QuantizedWeight:             # What was packed
+    "The inverse of `pack`."
+    packed, scales, zeros = (tensors[f"{layer}.weight_{part}"] for part in ("packed", "scale", "zero_point"))
+    return QuantizedWeight(unpack_bits(packed, scheme.bits, in_features), scales, zeros, scheme)
 
-# %% ../../nbs/formats/float_zeros.ipynb #c8f09189
-from fastcore.basics import patch
-
+# %% ../../nbs/formats/float_zeros.ipynb #7d673d5e
 @patch
 def quantization_config(self:FloatZerosFormat,
     scheme:QuantScheme,   # The grid of the quantized layers
@@ -94,9 +90,6 @@ def quantization_config(self:FloatZerosFormat,
     if experts := expert_lists(quantized):
         raise UsageError(f"{experts[0]}: routed experts with float zero points are served nowhere; "
                          "use float_zeros: false, or leave the experts in float")
-    members = {scheme: ["Linear"]}
-    for name, other in overrides.items(): members.setdefault(other, []).append(name)
-    groups = {f"group_{i}": _config_group(targets, s) for i, (s, targets) in enumerate(members.items())}
-    own = {"llmquant_overrides": {name: s.to_dict() for name, s in overrides.items()}} if overrides else {}
-    return {"quant_method": "llmquant", "format": "float-zeros", "config_groups": groups, "ignore": list(ignored),
-            "llmquant_method": method, "llmquant_scheme": scheme.to_dict(), **own, "llmquant_version": __version__}
+    said = CompressedTensorsFormat("dense").quantization_config(scheme, quantized, ignored, method, overrides)
+    ours = {key: value for key, value in said.items() if key not in ("quantization_status", "kv_cache_scheme")}
+    return ours | {"quant_method": "llmquant", "format": "float-zeros"}
