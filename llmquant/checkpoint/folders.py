@@ -78,7 +78,7 @@ def replace_folder(
         raise
     if aside.exists(): shutil.rmtree(aside)
 
-# %% ../../nbs/checkpoint/folders.ipynb #bff696ab
+# %% ../../nbs/checkpoint/folders.ipynb #99ecf56c
 class PartialFolder:
     "A folder beside its final name that leaves nothing behind when something fails, or what can be gone on with."
     def __init__(self,
@@ -105,24 +105,27 @@ class PartialFolder:
         self.journal.partial = self.folder
         flush_one(self.folder.parent)
 
-    @contextmanager
-    def _told(self):
-        "Turn what the disk refuses into a sentence."
-        try: yield
-        except OSError as error: raise disk_refusal(self.output, error) from None
-
-    @contextmanager
-    def guarded(self):
-        "Turn what the disk refuses into a sentence, and leave the partial folder."
-        try:
-            with self._told(): yield
-        except (KeyboardInterrupt, UsageError) as error:
-            self.leave(error)
-            raise
-
     def __enter__(self): return self
     def __exit__(self, kind, error, trace):
         if error is not None: self.leave(error)
+
+# %% ../../nbs/checkpoint/folders.ipynb #ec5f8b5d
+@patch
+@contextmanager
+def _told(self:PartialFolder):
+    "Turn what the disk refuses into a sentence."
+    try: yield
+    except OSError as error: raise disk_refusal(self.output, error) from None
+
+@patch
+@contextmanager
+def guarded(self:PartialFolder):
+    "Turn what the disk refuses into a sentence, and leave the partial folder."
+    try:
+        with self._told(): yield
+    except (KeyboardInterrupt, UsageError) as error:
+        self.leave(error)
+        raise
 
 # %% ../../nbs/checkpoint/folders.ipynb #dfc0a28f
 @patch

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['split_into_shards', 'Shards', 'ExportWriter']
 
-# %% ../../nbs/checkpoint/writer.ipynb #06da2ff4
+# %% ../../nbs/checkpoint/writer.ipynb #ea030cb7
 import errno
 import json
 import os
@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 
 from .folders import ExportFolder
 from .journal import JOURNAL
@@ -37,7 +38,7 @@ def split_into_shards(
         filled += size
     return [sorted(shard, key=lambda name: (-layout[name][0].itemsize, natural_key(name))) for shard in shards]
 
-# %% ../../nbs/checkpoint/writer.ipynb #9b632b34
+# %% ../../nbs/checkpoint/writer.ipynb #985da998
 class Shards:
     "The safetensors files of an export, planned from its layout."
     def __init__(self,
@@ -55,23 +56,6 @@ class Shards:
         self.sizes = {file: len(header) for file, header in self.headers.items()}
         for place in self.places.values(): self.sizes[place.file] += place.nbytes
 
-    def create(self, folder:Path):
-        "Create every file at its final size, with its header."
-        for file, header in self.headers.items():
-            (folder / file).touch(exist_ok=False)
-            write_at(folder / file, memoryview(header), 0)
-            os.truncate(folder / file, self.sizes[file])
-
-    def adopt(self, folder:Path, written:set):
-        "Go on with the files that an unfinished run created, in which these tensors are written."
-        for file, header in self.headers.items():
-            path = folder / file
-            if (not path.is_file() or path.stat().st_size != self.sizes[file]
-                    or path.open("rb").read(len(header)) != header):
-                raise UsageError(f"{path}: is not the shard that this run would go on with; discard the unfinished "
-                                 "run with --no-resume")
-        self.missing -= written
-
     def place(self, name:str, tensor:torch.Tensor)->TensorInfo:
         "Where a tensor belongs; refuses one that the layout does not know like this."
         place = self.places.get(name)
@@ -86,7 +70,27 @@ class Shards:
         names = sorted(self.places, key=natural_key)
         return {"metadata": {"total_size": self.total}, "weight_map": {name: self.places[name].file for name in names}}
 
-# %% ../../nbs/checkpoint/writer.ipynb #959cff3c
+# %% ../../nbs/checkpoint/writer.ipynb #34706023
+@patch
+def create(self:Shards, folder:Path):
+    "Create every file at its final size, with its header."
+    for file, header in self.headers.items():
+        (folder / file).touch(exist_ok=False)
+        write_at(folder / file, memoryview(header), 0)
+        os.truncate(folder / file, self.sizes[file])
+
+@patch
+def adopt(self:Shards, folder:Path, written:set):
+    "Go on with the files that an unfinished run created, in which these tensors are written."
+    for file, header in self.headers.items():
+        path = folder / file
+        if (not path.is_file() or path.stat().st_size != self.sizes[file]
+                or path.open("rb").read(len(header)) != header):
+            raise UsageError(f"{path}: is not the shard that this run would go on with; discard the unfinished "
+                             "run with --no-resume")
+    self.missing -= written
+
+# %% ../../nbs/checkpoint/writer.ipynb #bd12fc15
 class ExportWriter(ExportFolder):
     "Writes an export tensor by tensor and puts it into place."
     def __init__(self,
@@ -107,48 +111,55 @@ class ExportWriter(ExportFolder):
             if self.shards.total > free: raise OSError(errno.ENOSPC, f"{self.shards.total} bytes needed, {free} free")
             self.shards.create(self.folder)
 
-    def _go_on(self):
-        "Take over an unfinished run's shards; what else it wrote is written again."
-        try:
-            with self._told():
-                self.shards.adopt(self.folder, self.journal.written)
-                for path in self.folder.iterdir():
-                    if path.name in (*self.shards.headers, JOURNAL): continue
-                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        except UsageError:
-            self.journal.close()
-            raise
-
     @property
     def written(self)->set: # of names
         "Tensors that need not be written, in this run or in the one it goes on with."
         return self.shards.places.keys() - self.shards.missing
 
-    def write(self,
-        name:str, # one of the layout
-        tensor:torch.Tensor, # of the layout's dtype and shape
-    ):
-        "Write one tensor at its place."
-        place = self.shards.place(name, tensor)
-        with self.guarded(): write_at(self.folder / place.file, as_bytes(tensor.cpu().contiguous()), place.offset)
-        self.shards.missing.discard(name)
-        if self.journal: self.journal.note(name)
-
-    def finish_block(self, index:int, results:dict):
-        "Make a block's work last, see `Journal.finish_block`."
-        with self.guarded(): self.journal.finish_block(index, results)
-
-    def finish(self):
-        "Write the index and flush everything; the folder is complete, and still the partial one."
-        if self.shards.missing:
-            names = sorted(self.shards.missing, key=natural_key)
-            raise LLMQuantError(f"{self.output}: {len(names)} tensors were never written ({', '.join(names[:3])}"
-                                f"{', ...' if names[3:] else ''}); every tensor of the layout must be")
-        self.write_json("model.safetensors.index.json", self.shards.index())
-        with self.guarded(): flush(self.folder)
-        self._finished = True
-
     def publish(self):
         "Put the finished folder into place; an older one goes only when the new one is there."
         if not self._finished: raise LLMQuantError(f"{self.output}: is not finished; call finish() before publish()")
         super().publish()
+
+# %% ../../nbs/checkpoint/writer.ipynb #db753572
+@patch
+def _go_on(self:ExportWriter):
+    "Take over an unfinished run's shards; what else it wrote is written again."
+    try:
+        with self._told():
+            self.shards.adopt(self.folder, self.journal.written)
+            for path in self.folder.iterdir():
+                if path.name in (*self.shards.headers, JOURNAL): continue
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    except UsageError:
+        self.journal.close()
+        raise
+
+# %% ../../nbs/checkpoint/writer.ipynb #6352e2c7
+@patch
+def write(self:ExportWriter,
+    name:str, # one of the layout
+    tensor:torch.Tensor, # of the layout's dtype and shape
+):
+    "Write one tensor at its place."
+    place = self.shards.place(name, tensor)
+    with self.guarded(): write_at(self.folder / place.file, as_bytes(tensor.cpu().contiguous()), place.offset)
+    self.shards.missing.discard(name)
+    if self.journal: self.journal.note(name)
+
+@patch
+def finish_block(self:ExportWriter, index:int, results:dict):
+    "Make a block's work last, see `Journal.finish_block`."
+    with self.guarded(): self.journal.finish_block(index, results)
+
+# %% ../../nbs/checkpoint/writer.ipynb #92b0a14a
+@patch
+def finish(self:ExportWriter):
+    "Write the index and flush everything; the folder is complete, and still the partial one."
+    if self.shards.missing:
+        names = sorted(self.shards.missing, key=natural_key)
+        raise LLMQuantError(f"{self.output}: {len(names)} tensors were never written ({', '.join(names[:3])}"
+                            f"{', ...' if names[3:] else ''}); every tensor of the layout must be")
+    self.write_json("model.safetensors.index.json", self.shards.index())
+    with self.guarded(): flush(self.folder)
+    self._finished = True

@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['BaseFormat', 'group_objection', 'FormatRegistry']
 
-# %% ../../nbs/core/format_registry.ipynb #1489bc6b
+# %% ../../nbs/core/format_registry.ipynb #11305a30
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from .errors import UsageError
 from .qtensor import QuantizedWeight
 from .registry import Registry
 from .scheme import QuantScheme
 
-# %% ../../nbs/core/format_registry.ipynb #c8b9e45a
+# %% ../../nbs/core/format_registry.ipynb #ba730c8c
 class BaseFormat:
-    "One layout that vLLM reads; subclasses write every method below."
+    "One layout that vLLM reads; subclasses write what raises `NotImplementedError` here."
     name = ""
     containers = ("auto", "dense") # How it can store 2- and 3-bit codes
     def __init__(self,
@@ -42,23 +43,29 @@ class BaseFormat:
         "Why vLLM would not load such a layer and what to use instead; empty when it would."
         raise NotImplementedError
 
-    def layout(self, layer:str, out_features:int, in_features:int,
-               scheme:QuantScheme) -> dict[str, tuple[torch.dtype, tuple]]:
-        "Name, dtype and shape of each tensor that `pack` will give."
-        raise NotImplementedError
+# %% ../../nbs/core/format_registry.ipynb #883dd191
+@patch
+def layout(self:BaseFormat, layer:str, out_features:int, in_features:int,
+           scheme:QuantScheme) -> dict[str, tuple[torch.dtype, tuple]]:
+    "Name, dtype and shape of each tensor that `pack` will give."
+    raise NotImplementedError
 
-    def pack(self, layer:str, weight:QuantizedWeight) -> dict[str, Tensor]:
-        "The layer's tensors by name."
-        raise NotImplementedError
+@patch
+def pack(self:BaseFormat, layer:str, weight:QuantizedWeight) -> dict[str, Tensor]:
+    "The layer's tensors by name."
+    raise NotImplementedError
 
-    def unpack(self, layer:str, tensors:Mapping[str, Tensor], scheme:QuantScheme, in_features:int) -> QuantizedWeight:
-        "The inverse of `pack`."
-        raise NotImplementedError
+@patch
+def unpack(self:BaseFormat, layer:str, tensors:Mapping[str, Tensor], scheme:QuantScheme,
+           in_features:int) -> QuantizedWeight:
+    "The inverse of `pack`."
+    raise NotImplementedError
 
-    def quantization_config(self, scheme:QuantScheme, quantized:list[str], ignored:list[str], method:str,
-                            overrides:Mapping[str, QuantScheme]=MappingProxyType({})) -> dict:
-        "What `config.json` says, in vLLM's words; `ignored` are in float, `overrides` have a grid other than `scheme`."
-        raise NotImplementedError
+@patch
+def quantization_config(self:BaseFormat, scheme:QuantScheme, quantized:list[str], ignored:list[str], method:str,
+                        overrides:Mapping[str, QuantScheme]=MappingProxyType({})) -> dict:
+    "What `config.json` says, in vLLM's words; `ignored` are in float, `overrides` have a grid other than `scheme`."
+    raise NotImplementedError
 
 # %% ../../nbs/core/format_registry.ipynb #5559d087
 def group_objection(

@@ -46,7 +46,7 @@ class ModelSource:
         "One tensor."
         return self.values[name].detach()
 
-# %% ../../nbs/core/in_memory.ipynb #66ccf7c5
+# %% ../../nbs/core/in_memory.ipynb #a81c3ced
 class ModuleSink:
     "Puts a `QuantLinear` where each planned Linear was."
     def __init__(self,
@@ -57,30 +57,6 @@ class ModuleSink:
         self.model, self.adapter, self.method = model, adapter, method
         self.replaced, self.changed, self.edited = [], [], {}
 
-    def put(self,
-        layer:LayerPlan,        # Which Linear
-        weight:QuantizedWeight, # Its quantized weight
-        result:LayerResult,     # What the report will say of it
-    ):
-        "Replace the module; the new one remembers its name in the checkpoint and its error."
-        old = self.adapter.get_layer_by_name(self.model, layer.name)
-        new = QuantLinear(weight, None if old.bias is None else old.bias.data, self.method).to(old.weight.device)
-        new.checkpoint_name, new.relative_error = layer.name, result.relative_error
-        replace_module_(self.model, old, new)
-        self.replaced.append((old, new))
-
-    def edit(self,
-        name:str,      # Checkpoint name of a parameter that a method edited
-        tensor:Tensor, # Its new value, rounded to the export's dtype
-    ):
-        "Exchange a parameter that stays in float; its dtype is the model's."
-        where, _, kind = name.rpartition(".")
-        module = self.adapter.get_layer_by_name(self.model, where)
-        old = module._parameters[kind]
-        module._parameters[kind] = nn.Parameter(tensor.to(old), requires_grad=False)
-        self.changed.append((module, kind, old))
-        self.edited[name] = digest(raw_bytes(tensor))
-
     def __enter__(self): return self
 
     def __exit__(self, kind, error, trace):
@@ -88,6 +64,34 @@ class ModuleSink:
         if kind is None: self.model.edited_tensors = self.edited
         for old, new in reversed(self.replaced if kind else []): replace_module_(self.model, new, old)
         for module, name, old in reversed(self.changed if kind else []): module._parameters[name] = old
+
+# %% ../../nbs/core/in_memory.ipynb #feff4076
+@patch
+def put(self:ModuleSink,
+    layer:LayerPlan,        # Which Linear
+    weight:QuantizedWeight, # Its quantized weight
+    result:LayerResult,     # What the report will say of it
+):
+    "Replace the module; the new one remembers its name in the checkpoint and its error."
+    old = self.adapter.get_layer_by_name(self.model, layer.name)
+    new = QuantLinear(weight, None if old.bias is None else old.bias.data, self.method).to(old.weight.device)
+    new.checkpoint_name, new.relative_error = layer.name, result.relative_error
+    replace_module_(self.model, old, new)
+    self.replaced.append((old, new))
+
+# %% ../../nbs/core/in_memory.ipynb #98ba29b2
+@patch
+def edit(self:ModuleSink,
+    name:str,      # Checkpoint name of a parameter that a method edited
+    tensor:Tensor, # Its new value, rounded to the export's dtype
+):
+    "Exchange a parameter that stays in float; its dtype is the model's."
+    where, _, kind = name.rpartition(".")
+    module = self.adapter.get_layer_by_name(self.model, where)
+    old = module._parameters[kind]
+    module._parameters[kind] = nn.Parameter(tensor.to(old), requires_grad=False)
+    self.changed.append((module, kind, old))
+    self.edited[name] = digest(raw_bytes(tensor))
 
 # %% ../../nbs/core/in_memory.ipynb #658080f3
 def replace_module_(

@@ -40,7 +40,7 @@ class LayerPlan:
     scheme: QuantScheme|None     # Its grid; None leaves it in float
     reason: str = ""             # Why it is left in float
 
-# %% ../../nbs/core/plan.ipynb #3b37f120
+# %% ../../nbs/core/plan.ipynb #eb34c967
 @dataclass(frozen=True)
 class Plan:
     "What happens to every tensor of a checkpoint."
@@ -58,21 +58,6 @@ class Plan:
         return [l for l in self.layers if l.scheme]
 
     @cached_property
-    def ignored(self) -> list[LayerPlan]:
-        "Layers left in float."
-        return [l for l in self.layers if not l.scheme]
-
-    @cached_property
-    def overrides(self) -> dict[str, QuantScheme]:
-        "Quantized layers on another grid than `scheme`."
-        return {l.name: l.scheme for l in self.quantized if l.scheme != self.scheme}
-
-    @cached_property
-    def schemes(self) -> list[QuantScheme]:
-        "Every grid in use, once, the first layer's first."
-        return list(dict.fromkeys(l.scheme for l in self.quantized))
-
-    @cached_property
     def layout(self) -> dict[str, tuple]:
         "Every tensor of the export: name to (dtype, shape)."
         layout = dict(self.kept)
@@ -85,6 +70,22 @@ class Plan:
         if not self.quantized: return {}
         quantized, ignored = [l.name for l in self.quantized], [l.name for l in self.ignored]
         return self.format.quantization_config(self.scheme, quantized, ignored, self.method, self.overrides)
+
+# %% ../../nbs/core/plan.ipynb #bc5fca78
+@patch(as_prop=True)
+def ignored(self:Plan) -> list[LayerPlan]:
+    "Layers left in float."
+    return [l for l in self.layers if not l.scheme]
+
+@patch(as_prop=True)
+def overrides(self:Plan) -> dict[str, QuantScheme]:
+    "Quantized layers on another grid than `scheme`."
+    return {l.name: l.scheme for l in self.quantized if l.scheme != self.scheme}
+
+@patch(as_prop=True)
+def schemes(self:Plan) -> list[QuantScheme]:
+    "Every grid in use, once, the first layer's first."
+    return list(dict.fromkeys(l.scheme for l in self.quantized))
 
 # %% ../../nbs/core/plan.ipynb #c7c517ee
 def nbytes(

@@ -17,7 +17,7 @@ from .qtensor import QuantizedWeight
 from .registry import Registry
 from .scheme import QuantScheme, scheme_for
 
-# %% ../../nbs/core/quantizer_registry.ipynb #d7073d55
+# %% ../../nbs/core/quantizer_registry.ipynb #30f3a447
 class BaseQuantizer:
     "One quantization method; subclasses write `quantize_weight`, or the guide's `quantize`."
     name = ""                                # Overridden by the class or in its constructor
@@ -45,29 +45,35 @@ class BaseQuantizer:
         "Quantize one weight."
         raise NotImplementedError(f"{type(self).__name__} does not define quantize_weight")
 
-    def edits_blocks(self) -> bool: # By its settings; what edits needs an architecture with smoothing pairs
-        "Whether `prepare_block` does anything."
-        return type(self).prepare_block is not BaseQuantizer.prepare_block
+# %% ../../nbs/core/quantizer_registry.ipynb #8405bbcc
+@patch
+def edits_blocks(self:BaseQuantizer) -> bool: # By its settings
+    "Whether `prepare_block` does anything; what edits needs an architecture with smoothing pairs."
+    return type(self).prepare_block is not BaseQuantizer.prepare_block
 
-    def promises_step(self,
-        scheme:QuantScheme, # The grid in use
-    ) -> bool:              # Whether no weight moves by more than one step (its scale)
-        "What the proof may hold this method to."
-        return False
+@patch
+def promises_step(self:BaseQuantizer,
+    scheme:QuantScheme, # The grid in use
+) -> bool:              # Whether no weight moves by more than one step (its scale)
+    "What the proof may hold this method to."
+    return False
 
-    def preferred_format(self,
-        scheme:QuantScheme, # The grid in use
-    ) -> str:               # A format's name
-        "The layout that `--format auto` picks."
-        return "compressed_tensors"
+@patch
+def preferred_format(self:BaseQuantizer,
+    scheme:QuantScheme, # The grid in use
+) -> str:               # A format's name
+    "The layout that `--format auto` picks."
+    return "compressed_tensors"
 
-    def get_supported_bits(self) -> list[int]:
-        "Widths it can do."
-        return list(self.supported_bits)
+@patch
+def get_supported_bits(self:BaseQuantizer) -> list[int]:
+    "Widths it can do."
+    return list(self.supported_bits)
 
-    def get_supported_group_sizes(self) -> list[int]:
-        "The usual group sizes; divisibility decides."
-        return list(self.supported_group_sizes)
+@patch
+def get_supported_group_sizes(self:BaseQuantizer) -> list[int]:
+    "The usual group sizes; divisibility decides."
+    return list(self.supported_group_sizes)
 
 # %% ../../nbs/core/quantizer_registry.ipynb #1c74aa9e
 @patch(cls_method=True)
