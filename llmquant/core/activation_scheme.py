@@ -71,7 +71,7 @@ def simulate(
     codes = (values * scale.reciprocal()).add_(zero).round_().clamp_(*code_range(scheme.bits))
     return codes.sub_(zero).mul_(scale).masked_fill_(scale == 0, 0).to(x.dtype)
 
-# %% ../../nbs/core/activation_scheme.ipynb #e97716aa
+# %% ../../nbs/core/activation_scheme.ipynb #1f5003ab
 def bins(
     stats:LayerStats, # With the statistic "range"
 ) -> tuple[Tensor, Tensor, Tensor]: # float64: lower borders, upper borders, counts, from the lowest to the highest
@@ -81,7 +81,7 @@ def bins(
         raise UsageError("the calibration activations hold NaN or infinite values; load the model in float32")
     below, above = (_bfloat16((index & 0x7FFF) + step) for step in (-1, 1))
     value, sign = _bfloat16(index & 0x7FFF), 1 - 2 * (index >> 15).double()
-    near, far = sign * (below + value) / 2, sign * (value + above) / 2
+    near, far = sign * (below + value) / 2, sign * (value + above).where(value > 0, 0) / 2
     low, high, counts = torch.minimum(near, far), torch.maximum(near, far), stats.histogram[index].double()
     order = low.argsort()
     smallest, largest = float(stats.low.min()), float(stats.high.max())

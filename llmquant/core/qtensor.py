@@ -32,7 +32,7 @@ def raw_bytes(
     "The tensor's bytes in C order."
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
 
-# %% ../../nbs/core/qtensor.ipynb #c307f47a
+# %% ../../nbs/core/qtensor.ipynb #3b6efa9e
 @dataclass(frozen=True)
 class QuantizedWeight:
     "A weight as integer codes on a grid."
@@ -40,6 +40,8 @@ class QuantizedWeight:
     scales: Tensor      # [out_features, groups] in the scheme's scale_dtype
     zeros: Tensor       # [out_features, groups] uint8, all the middle code when symmetric; float32 for float zeros
     scheme: QuantScheme # What the codes mean
+    input_scale: Tensor|None = None # float32 [1], of static activations
+    input_zero: Tensor|None = None  # int8 [1], beside it; 0 when they are symmetric
 
     def __post_init__(self):
         if self.codes.dtype != torch.uint8 or self.codes.dim() != 2:
@@ -51,10 +53,21 @@ class QuantizedWeight:
             if tuple(t.shape) != shape or t.dtype != dtype:
                 raise UsageError(f"{what} are {dtype_name(t.dtype)} {list(t.shape)}; "
                                  f"must be {dtype_name(dtype)} {list(shape)}")
+        self._check_inputs()
+
+    def _check_inputs(self):
+        "`UsageError` when the static grid of the inputs is half there, of a wrong form, or for nothing."
+        given, scheme = (self.input_scale, self.input_zero), self.scheme.activations
+        if given == (None, None): return
+        if scheme is None or scheme.dynamic: raise UsageError(f"input_scale given, and {self.scheme} has no static one")
+        for what, t, dtype in zip(("input_scale", "input_zero"), given, (torch.float32, torch.int8)):
+            if t is None or tuple(t.shape) != (1,) or t.dtype != dtype:
+                raise UsageError(f"{what} is {t!r}; must be a {dtype_name(dtype)} tensor [1]")
 
     def check_values(self):
         "`UsageError` when codes or zeros leave the grid or a scale is not positive; shapes are checked when made."
         qmax, middle = self.scheme.qmax, self.scheme.middle
+        if self.scheme.type == "float" and (self.codes & 0x7F).eq(0x7F).any(): raise UsageError("codes hold NaN")
         whole = [("codes", self.codes)] if self.scheme.float_zeros else [("codes", self.codes), ("zeros", self.zeros)]
         for what, t in whole:
             if t.numel() and int(t.max()) > qmax:
@@ -66,16 +79,17 @@ class QuantizedWeight:
         if self.scheme.float_zeros and not torch.isfinite(self.zeros).all(): raise UsageError("zeros must be finite")
 
     def digest(self) -> str:
-        "SHA-256 of codes, scales and zeros, as hexadecimal digits."
-        return digest(raw_bytes(self.codes), raw_bytes(self.scales), raw_bytes(self.zeros))
+        "SHA-256 of codes, scales, zeros, and the grid of the inputs where it is static, as hexadecimal digits."
+        parts = self.codes, self.scales, self.zeros, self.input_scale, self.input_zero
+        return digest(*(raw_bytes(part) for part in parts if part is not None))
 
-# %% ../../nbs/core/qtensor.ipynb #ba328d56
+# %% ../../nbs/core/qtensor.ipynb #3b19c6c0
 @patch
 def dequantize(self:QuantizedWeight,
     dtype:torch.dtype=torch.float32, # Of the result; rounded once, from float32
 ) -> Tensor:                         # [out_features, in_features]
     "The weights that the codes stand for."
-    return decode(self.codes, self.scales, self.zeros, dtype)
+    return decode(self.codes, self.scales, self.zeros, dtype, self.scheme.type == "float")
 
 # %% ../../nbs/core/qtensor.ipynb #b472e09f
 def round_to_grid(

@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['QuantLinear']
 
-# %% ../../nbs/core/quant_linear.ipynb #d616a4f2
+# %% ../../nbs/core/quant_linear.ipynb #20d46627
 import torch
 from torch import Tensor, nn
+from .activation_scheme import simulate
 from .packing import pack_bits, unpack_bits
 from .qtensor import QuantizedWeight
 
-# %% ../../nbs/core/quant_linear.ipynb #58461c0b
+# %% ../../nbs/core/quant_linear.ipynb #1b400806
 class QuantLinear(nn.Module):
-    "A Linear with a quantized weight; y = x Ŵᵀ + bias."
+    "A Linear with a quantized weight, and perhaps quantized inputs; y = x̂ Ŵᵀ + bias."
     def __init__(self,
         weight:QuantizedWeight, # The quantized weight [out_features, in_features]
         bias:Tensor|None=None,  # [out_features]
@@ -27,12 +28,14 @@ class QuantLinear(nn.Module):
         self.register_buffer("qweight", pack_bits(weight.codes, self.bits))
         self.register_buffer("scales", weight.scales)
         self.register_buffer("zeros", weight.zeros)
+        self.register_buffer("input_scale", weight.input_scale)
+        self.register_buffer("input_zero", weight.input_zero)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def quantized_weight(self) -> QuantizedWeight:
         "Codes, scales and zero points."
         codes = unpack_bits(self.qweight, self.bits, self.in_features)
-        return QuantizedWeight(codes, self.scales, self.zeros, self.scheme)
+        return QuantizedWeight(codes, self.scales, self.zeros, self.scheme, self.input_scale, self.input_zero)
 
     def dequantize(self,
         dtype:torch.dtype=torch.float32, # Of the result
@@ -43,14 +46,17 @@ class QuantLinear(nn.Module):
     def forward(self,
         x:Tensor, # [..., in_features]
     ) -> Tensor:  # [..., out_features]
-        "Multiply by the dequantized weight in the dtype of `x`."
+        "Put `x` on the grid of the inputs, if there is one, and multiply by the dequantized weight in its dtype."
+        inputs = self.scheme.activations
+        if inputs is not None: x = simulate(x, inputs, self.input_scale, self.input_zero)
         return nn.functional.linear(x, self.dequantize(x.dtype), self.bias)
 
     def _apply(self, function, recurse=True):
         "Move between devices, but never cast scales or zeros: the codes were made with them as they are."
-        scales, zeros = self.scales, self.zeros
+        kept = {name: getattr(self, name) for name in ("scales", "zeros", "input_scale")}
         super()._apply(function, recurse)
-        self.scales, self.zeros = scales.to(self.scales.device), zeros.to(self.zeros.device)
+        for name, tensor in kept.items():
+            if tensor is not None: setattr(self, name, tensor.to(getattr(self, name).device))
         return self
 
     def extra_repr(self) -> str:

@@ -6,10 +6,11 @@
 __all__ = ['DTYPES', 'GRANULARITIES', 'RANGE_RULES', 'WIDTHS', 'dtype_name', 'QuantScheme', 'dividing_groups', 'scheme_for',
            'scheme_of']
 
-# %% ../../nbs/core/scheme.ipynb #7e8dab94
+# %% ../../nbs/core/scheme.ipynb #4725ec03
 import torch
 from dataclasses import asdict, dataclass
 from fastcore.basics import patch
+from .activation_options import TYPES, ActivationScheme
 from .errors import UsageError, closest
 
 # %% ../../nbs/core/scheme.ipynb #fc101a14
@@ -22,12 +23,12 @@ def dtype_name(
     "The name of `dtype` as config files write it."
     return str(dtype).removeprefix("torch.")
 
-# %% ../../nbs/core/scheme.ipynb #025c5bda
+# %% ../../nbs/core/scheme.ipynb #fe4221b8
 GRANULARITIES, RANGE_RULES, WIDTHS = ("tensor", "channel", "group"), ("minmax", "percentile", "mse"), tuple(range(2, 9))
 
 @dataclass(frozen=True)
 class QuantScheme:
-    "An integer grid: its width, its zero, and how many weights share one scale."
+    "A grid: its width, its zero, how many weights share one scale, and the grid of the inputs, if they have one."
     bits: int = 4                    # 2 to 8
     symmetric: bool = False          # Zero point fixed at the middle code
     granularity: str = "group"       # "tensor", "channel" or "group"
@@ -36,10 +37,12 @@ class QuantScheme:
     percentile: float = 99.9         # For the rule "percentile": the share of weights inside the range, in percent
     scale_dtype: torch.dtype = torch.float16 # Scales are rounded to it before codes are computed
     float_zeros: bool = False        # Zero points are any float32 number, not codes; only for asymmetric grids
+    type: str = "int"                # "int", or "float": codes are the bits of FP8 e4m3 numbers
+    activations: ActivationScheme|None = None # The grid of the layer's inputs; None leaves them as they are
 
     def __post_init__(self):
         for what, value, allowed in (("bits", self.bits, WIDTHS), ("granularity", self.granularity, GRANULARITIES),
-                                     ("range rule", self.range_rule, RANGE_RULES),
+                                     ("range rule", self.range_rule, RANGE_RULES), ("type", self.type, TYPES),
                                      ("scale dtype", self.scale_dtype, tuple(DTYPES.values()))):
             if value not in allowed or isinstance(value, bool):
                 raise UsageError(f"{what} {value!r} is not one of {', '.join(map(str, allowed))}"
@@ -53,6 +56,23 @@ class QuantScheme:
             raise UsageError("float_zeros given for a symmetric grid, whose zero point is fixed; use symmetric: false")
         if not 50 < self.percentile <= 100:
             raise UsageError(f"percentile {self.percentile} must be above 50 and at most 100")
+        if said := _float_objection(self): raise UsageError(said)
+
+# %% ../../nbs/core/scheme.ipynb #f4b8d5d0
+def _float_objection(scheme:QuantScheme) -> str:
+    "What does not go together with the type of the codes; empty when all does."
+    inputs = scheme.activations
+    if inputs is not None and inputs.type != scheme.type:
+        return (f"weights of type {scheme.type} cannot be multiplied with activations of type {inputs.type}; "
+                "use one type for both")
+    if scheme.type == "int": return ""
+    if scheme.bits != 8: return f"weights of type float have 8 bits, not {scheme.bits}; use bits: 8"
+    if scheme.granularity != "channel":
+        return f"weights of type float have one scale per channel, not per {scheme.granularity}; use group_size: -1"
+    if not scheme.symmetric: return "weights of type float are symmetric; use symmetric: true"
+    if scheme.range_rule != "minmax":
+        return f"weights of type float cover their largest magnitude, not a {scheme.range_rule} range; use minmax"
+    return ""
 
 # %% ../../nbs/core/scheme.ipynb #015c0d56
 @patch(as_prop=True)
@@ -124,28 +144,32 @@ def scheme_for(
     granularity = "channel" if group_size == -1 or per_channel else "tensor"
     return QuantScheme(bits=bits, granularity=granularity, group_size=0, **kwargs)
 
-# %% ../../nbs/core/scheme.ipynb #aaa1945a
+# %% ../../nbs/core/scheme.ipynb #3da0419b
 @patch
 def to_dict(self:QuantScheme) -> dict: # Plain values only
     "For JSON and YAML."
     values = asdict(self) | {"scale_dtype": dtype_name(self.scale_dtype)}
-    return values if self.float_zeros else {k: v for k, v in values.items() if k != "float_zeros"}
+    unsaid = {"float_zeros": False, "type": "int", "activations": None}
+    return {key: value for key, value in values.items() if key not in unsaid or value != unsaid[key]}
 
-# %% ../../nbs/core/scheme.ipynb #ae38f610
+# %% ../../nbs/core/scheme.ipynb #8a5bdfc1
 @patch(cls_method=True)
 def from_dict(cls:QuantScheme,
     values:dict, # What `to_dict` gave
 ) -> QuantScheme:
     "The scheme that `to_dict` wrote."
-    return cls(**values | {"scale_dtype": DTYPES[values["scale_dtype"]]})
+    inputs = values.get("activations")
+    return cls(**values | {"scale_dtype": DTYPES[values["scale_dtype"]],
+                           "activations": None if inputs is None else ActivationScheme.from_dict(inputs)})
 
-# %% ../../nbs/core/scheme.ipynb #a8dfaa41
+# %% ../../nbs/core/scheme.ipynb #e453780a
 @patch
 def __str__(self:QuantScheme) -> str:
     "Short, as tables show it: W4 g64 asym."
     where = f"g{self.group_size}" if self.granularity == "group" else self.granularity
     kind = "sym" if self.symmetric else "float zeros" if self.float_zeros else "asym"
-    return f"W{self.bits} {where} {kind}"
+    own = f"FP8 {where}" if self.type == "float" else f"W{self.bits} {where} {kind}"
+    return own if self.activations is None else f"{own} {self.activations}"
 
 # %% ../../nbs/core/scheme.ipynb #99cf7c65
 def scheme_of(

@@ -126,7 +126,7 @@ def _sweep(self:GPTQQuantizer, weight:Tensor, stats:LayerStats, scheme:QuantSche
     if by_size and scheme.granularity == "group": notes["desc_act"] = "static order: groups stay, no g_idx"
     return sweep, notes
 
-# %% ../../nbs/quantizers/gptq_quantizer.ipynb #86ec8e67
+# %% ../../nbs/quantizers/gptq_quantizer.ipynb #09db533d
 @patch
 def quantize_weight(self:GPTQQuantizer,
     weight:Tensor,      # [out_features, in_features], any float dtype
@@ -134,6 +134,8 @@ def quantize_weight(self:GPTQQuantizer,
     scheme:QuantScheme, # The grid
 ) -> QuantizedWeight:
     "Round `weight` against its Hessian; `stats.notes` gets damping, dead columns and the outputs' relative error."
+    if scheme.type == "float":
+        raise UsageError(f"method {self.name} has no grid of FP8 numbers; use --method minmax, or activations of type int")
     weight = weight.detach().to(torch.float32)
     self.check_statistics(stats, weight.shape[1])
     sweep, notes = self._sweep(weight, stats, scheme)

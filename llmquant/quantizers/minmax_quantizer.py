@@ -14,7 +14,7 @@ from ..core.scheme import RANGE_RULES, QuantScheme
 from torch import Tensor
 from typing import Any
 
-# %% ../../nbs/quantizers/minmax_quantizer.ipynb #dde4adec
+# %% ../../nbs/quantizers/minmax_quantizer.ipynb #da3bd165
 class MinMaxQuantizer(BaseQuantizer):
     "Round to nearest; needs no calibration data."
     name = "minmax"
@@ -49,5 +49,5 @@ class MinMaxQuantizer(BaseQuantizer):
     def promises_step(self,
         scheme:QuantScheme, # The grid in use
     ) -> bool:              # True when the range covers every weight
-        "Only min-max ranges hold every weight to within a step."
-        return scheme.range_rule == "minmax"
+        "Only min-max ranges hold every weight to within a step; the numbers of FP8 lie unevenly."
+        return scheme.range_rule == "minmax" and scheme.type == "int"
