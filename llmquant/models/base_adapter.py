@@ -13,8 +13,9 @@ from pathlib import Path
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-# %% ../../nbs/models/base_adapter.ipynb #5ed7c211
+# %% ../../nbs/models/base_adapter.ipynb #b60183ff
 from ..core.errors import UsageError, closest
+from .rotation_sites import common_sites
 from .sites import (TIED, LinearSite, module_of, number_of_blocks, sites_by_names, split_block,
                                    text_config)
 from .skeleton import (assemble, checkpoint_names, find_blocks, module_names, on_disk, saved_state,
@@ -35,7 +36,7 @@ def group_sites(
                 groups.append(names)
     return groups
 
-# %% ../../nbs/models/base_adapter.ipynb #3b2ed6b2
+# %% ../../nbs/models/base_adapter.ipynb #b1216ca1
 class Architecture:
     "What a family looks like in a checkpoint: tables as class attributes, answers from names and shapes."
     model_type = "default"            # name of the family, also in vllm_config.json
@@ -64,6 +65,10 @@ class Architecture:
     def smoothing_pairs(self, config: dict, block: int) -> tuple: # config.json; index -> SmoothingPair, ...
         "Where a block's inputs may be rescaled without changing its function; () where nobody has said."
         return ()
+
+    def rotation_sites(self, config: dict, shapes: dict): # config.json; tensor name -> shape; -> RotationSites or None
+        "What touches the residual stream and where values are made; None where nobody has said."
+        return common_sites(config, shapes)
 
     def block_of(self, name: str) -> int|None: # module or tensor name
         "Index of the decoder block that `name` is in, None outside."

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['ATTENTION', 'MLP', 'LlamaAdapter']
 
-# %% ../../nbs/models/llama_adapter.ipynb #c68cfacd
+# %% ../../nbs/models/llama_adapter.ipynb #b873360a
 from ..core.smoothing import SmoothingPair
 from .base_adapter import BaseHuggingFaceAdapter
 from .pairs import attention_pairs, dense_mlp_pairs
+from .rotation_sites import BEHIND, LLAMA, stream_sites, value_sites
 
-# %% ../../nbs/models/llama_adapter.ipynb #664d7319
+# %% ../../nbs/models/llama_adapter.ipynb #133abf45
 ATTENTION = tuple(f"self_attn.{name}_proj" for name in "qkvo")
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
@@ -26,3 +27,9 @@ class LlamaAdapter(BaseHuggingFaceAdapter):
         if config.get("model_type") not in self.model_types: return ()
         at = f"{self.blocks}.{block}"
         return attention_pairs(config, at) + dense_mlp_pairs(at)
+
+    def rotation_sites(self, config: dict, shapes: dict): # config.json; tensor name -> shape; -> RotationSites or None
+        "Llama's table; HyperCLOVA X can have norms behind its sub-layers."
+        if config.get("model_type") not in self.model_types: return super().rotation_sites(config, shapes)
+        refusal = BEHIND if config.get("use_post_norm") else ""
+        return stream_sites(LLAMA, config, shapes, value_sites(config, shapes), refusal)

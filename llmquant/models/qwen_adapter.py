@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['ATTENTION', 'MLP', 'is_mixture', 'QwenAdapter']
 
-# %% ../../nbs/models/qwen_adapter.ipynb #6845ac64
+# %% ../../nbs/models/qwen_adapter.ipynb #12d285e5
 from ..core.smoothing import SmoothingPair
 from .base_adapter import BaseHuggingFaceAdapter
 from .pairs import attention_pairs, dense_mlp_pairs, mlp_pair
+from .rotation_sites import LLAMA, stream_sites, value_sites, with_experts
 
 # %% ../../nbs/models/qwen_adapter.ipynb #40067512
 ATTENTION = tuple(f"self_attn.{name}_proj" for name in "qkvo")
@@ -23,7 +24,7 @@ def is_mixture(
     return (config["model_type"].endswith("_moe") and block not in (config.get("mlp_only_layers") or ())
             and config.get("num_experts", 1) > 0 and (block + 1) % config.get("decoder_sparse_step", 1) == 0)
 
-# %% ../../nbs/models/qwen_adapter.ipynb #7d9f5dc9
+# %% ../../nbs/models/qwen_adapter.ipynb #6a6f95b0
 class QwenAdapter(BaseHuggingFaceAdapter):
     "Qwen 2, 2.5 and 3, dense and mixtures of experts."
     model_type = "qwen"
@@ -42,3 +43,9 @@ class QwenAdapter(BaseHuggingFaceAdapter):
         at, pairs = f"{self.blocks}.{block}", attention_pairs(config, f"{self.blocks}.{block}")
         if not is_mixture(config, block): return pairs + dense_mlp_pairs(at)
         return pairs + ((mlp_pair(f"{at}.mlp.shared_expert"),) if config["model_type"] == "qwen2_moe" else ())
+
+    def rotation_sites(self, config: dict, shapes: dict): # config.json; tensor name -> shape; -> RotationSites or None
+        "Llama's table, with routers and experts among the readers."
+        if config.get("model_type") not in self.model_types: return super().rotation_sites(config, shapes)
+        table = with_experts(LLAMA, "shared_expert", ("mlp.shared_expert_gate",))
+        return stream_sites(table, config, shapes, value_sites(config, shapes))
