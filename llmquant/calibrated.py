@@ -108,7 +108,7 @@ def identity(
     return values | {"model": fingerprint(source), "calibration": data.fingerprint, "device": torch.device(device).type,
                      "llmquant": __version__, "torch": str(torch.__version__)}
 
-# %% ../nbs/calibrated.ipynb #50db7b83
+# %% ../nbs/calibrated.ipynb #248b05ae
 def calibrated_carry(
     recipe:Recipe, plan:Plan, adapter, quantizer, # What to do
     source:CheckpointSource,  # Where tensors come from
@@ -119,8 +119,7 @@ def calibrated_carry(
     sink,                     # An `ExportSink`
 ) -> list[LayerResult]:
     "Walk up the decoder and bring everything to the sink."
-    def finish_block(index, record, _): sink.writer.finish_block(index, record)
-    journal = SimpleNamespace(done=sink.writer.journal.done, finish_block=finish_block)
+    journal = SimpleNamespace(done=sink.writer.journal.done, finish_block=sink.writer.finish_block)
     blocks = for_checkpoint(source, adapter, device, compute_dtype(device, source.dtype, quantizer.edits_blocks()))
     storage = Storage(source.dtype, None if need.in_files else "cpu" if device == "cpu" else device,
                       sink.writer.journal.place)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Storage', 'begin', 'climb', 'by_block', 'pass_on', 'deliver', 'record_of', 'restored']
 
-# %% ../../nbs/core/decoder_walk.ipynb #c0adafa5
+# %% ../../nbs/core/decoder_walk.ipynb #92565376
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 import torch
@@ -15,10 +15,9 @@ from fastcore.basics import patch
 from torch import Tensor
 from .activations import Activations
 from .block_source import BlockSource
-from .block_walk import BlockWalk
+from .block_walk import BlockWalk, grids_of, input_grids
 from .names import natural_key
 from .plan import LayerPlan, Plan
-from .qtensor import QuantizedWeight
 from .statistics import check_statistics
 from .walk import LayerResult, cast, check_finite
 
@@ -46,7 +45,7 @@ class Storage:
         for path in Path(self.folder).glob("*-*.bin") if self.folder is not None else ():
             if not path.stem.endswith(f"-{index}"): path.unlink()
 
-# %% ../../nbs/core/decoder_walk.ipynb #27bf1e6b
+# %% ../../nbs/core/decoder_walk.ipynb #e59ffe6b
 def begin(
     plan:Plan,            # What to do
     quantizer,            # A configured quantizer
@@ -55,9 +54,10 @@ def begin(
     batch_size:int,       # Windows per forward pass
     storage:Storage,      # Where hidden states are kept
     done:list=(),         # What the journal says of finished blocks: (index, record)
+    suppressors:tuple=(), # Configured suppressors of scope "block"
 ) -> BlockWalk:           # In front of the first unfinished block
     "Embed the text, or take up the hidden states behind the last finished block."
-    check_statistics(quantizer.needed_statistics(), quantizer.name)
+    for who in (quantizer, *suppressors): check_statistics(who.needed_statistics(), who.name)
     entry = blocks.inputs(tokens, batch_size)
     storage.shapes = [tuple(h.shape) for h in entry.hidden]
     start, apart = len(done), bool(done) and done[-1][1]["apart"]
@@ -67,9 +67,11 @@ def begin(
         for batch, hidden in enumerate(entry.hidden): stream.put(batch, hidden)
     entry.hidden = [] # they are kept in one place
     in_float = storage.place("float", start) if apart else stream
-    return BlockWalk(plan, quantizer, blocks, entry, stream, in_float, storage.place)
+    suppressed = {index: record["suppressed"] for index, record in done if record.get("suppressed")}
+    return BlockWalk(plan, quantizer, blocks, entry, stream, in_float, storage.place, suppressors=suppressors,
+                     suppressed=suppressed)
 
-# %% ../../nbs/core/decoder_walk.ipynb #02778f1e
+# %% ../../nbs/core/decoder_walk.ipynb #12689104
 @patch
 def step(self:BlockWalk,
     index:int,                     # Which block
@@ -86,7 +88,8 @@ def step(self:BlockWalk,
     values = self.edited_values(edited, plans)
     if not last:
         if apart and not plans: self.feed(index, block, self.in_float, "float", in_float)
-        self.stream = self.feed(index, block, self.stream, "quantized")
+        find = lambda name: self.blocks.adapter.get_layer_by_name(self.blocks.model, name)
+        with input_grids(grids_of(find, found)): self.stream = self.feed(index, block, self.stream, "quantized")
         self.in_float = in_float or self.stream
     self.blocks.empty()
     return found, values, used
@@ -106,7 +109,7 @@ def edited_values(self:BlockWalk,
                 values[f"{name}.{kind}"] = parameter.detach().clone()
     return values
 
-# %% ../../nbs/core/decoder_walk.ipynb #a190b95a
+# %% ../../nbs/core/decoder_walk.ipynb #e8149820
 def climb(
     walk:BlockWalk,                # From `begin`
     sink,                          # Takes results: see the Walk page
@@ -130,12 +133,12 @@ def climb(
         results += deliver(plan, found, values, sink)
         if source is not None: pass_on(plan, [n for n in of_block.get(index, []) if n not in values], source, sink)
         if journal is not None:
-            journal.finish_block(index, record_of(walk, found, {n: sink.edited[n] for n in values}), {})
+            journal.finish_block(index, record_of(walk, index, found, {n: sink.edited[n] for n in values}))
         for activations in used: activations.drop()
         tell(index, [result for _, result in found])
     return results
 
-# %% ../../nbs/core/decoder_walk.ipynb #d925af69
+# %% ../../nbs/core/decoder_walk.ipynb #f25d6d74
 def by_block(plan:Plan, adapter) -> dict[int|None, list[str]]:
     "Names of kept tensors by the block they are in; None for those outside."
     found = {}
@@ -153,14 +156,15 @@ def deliver(plan:Plan, found:list, values:dict[str, Tensor], sink) -> list[Layer
     "Hand a block's results to the sink, from the CPU."
     for name, value in values.items(): sink.edit(name, cast(name, value.cpu(), plan.kept[name][0]))
     for quantized, result in found:
-        parts = (t.cpu() for t in (quantized.codes, quantized.scales, quantized.zeros))
-        sink.put(result.layer, QuantizedWeight(*parts, quantized.scheme), result)
+        here = {key: t.cpu() for key, t in vars(quantized).items() if torch.is_tensor(t)}
+        sink.put(result.layer, replace(quantized, **here), result)
     return [result for _, result in found]
 
-# %% ../../nbs/core/decoder_walk.ipynb #8d3bfa28
-def record_of(walk:BlockWalk, found:list, edited:dict[str, str]) -> dict: # Plain values
+# %% ../../nbs/core/decoder_walk.ipynb #2f5af7f8
+def record_of(walk:BlockWalk, index:int, found:list, edited:dict[str, str]) -> dict: # Plain values
     "One block for the journal."
-    return {"apart": walk.in_float is not walk.stream, "passes": walk.passes, "edited": edited,
+    own = {"suppressed": walk.suppressed[index]} if index in walk.suppressed else {}
+    return own | {"apart": walk.in_float is not walk.stream, "passes": walk.passes, "edited": edited,
             "results": [{"layer": r.layer.name, "relative_error": r.relative_error, "digest": r.digest,
                          "seconds": r.seconds, "notes": dict(r.notes)} for _, r in found]}
 

@@ -6,11 +6,11 @@
 __all__ = ['SMALLEST', 'CACHE', 'power', 'shrinkage', 'Schedule', 'rounding_errors', 'group_errors', 'moved', 'Best', 'descend_',
            'solve']
 
-# %% ../../nbs/quantizers/hqq_solver.ipynb #152649d4
+# %% ../../nbs/quantizers/hqq_solver.ipynb #53c57e7e
 import torch
 from dataclasses import dataclass, replace
 from torch import Tensor
-from ..core.grid import fit_grid, grid_of_range, grouped, store_scale
+from ..core.grid import fit_grid, grouped, store_scale
 from ..core.scheme import QuantScheme
 
 # %% ../../nbs/quantizers/hqq_solver.ipynb #fb5589ec
@@ -127,12 +127,11 @@ def descend_(
         scales = store_scale(scales.clamp_(least[rows], most[rows]), scheme).float()
         last, beta = lp, beta * schedule.kappa
 
-# %% ../../nbs/quantizers/hqq_solver.ipynb #2e3af48d
+# %% ../../nbs/quantizers/hqq_solver.ipynb #db03de0b
 def _solve_part(w:Tensor, scales:Tensor, zeros:Tensor, scheme:QuantScheme, schedule:Schedule):
     "Improve the plain grid of some groups [n, 1] in place."
     start = scales.clone(), zeros.clone()
     best = Best(scales, zeros, *group_errors(rounding_errors(w, *start, scheme.qmax)[0], scales, schedule.lp_norm))
-    if scheme.float_zeros: start = [t.float() for t in grid_of_range(w.amin(1, True), w.amax(1, True), scheme)]
     descend_(best, w, *start, scheme, schedule)
 
 # %% ../../nbs/quantizers/hqq_solver.ipynb #fd2407a1
