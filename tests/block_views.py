@@ -1,0 +1,82 @@
+"""Blocks of a model in memory as a suppressor sees them, and a plain walk that suppresses one after the other.
+
+The package's own walk does much more; this one is what its parts look like when they are put together in a few lines,
+so that the edits can be judged alone.
+"""
+import torch
+
+from llmquant.core.activation_scheme import ActivationScheme, simulate
+from llmquant.core.activations import Activations
+from llmquant.core.block_source import for_model
+from llmquant.core.block_walk import BlockWalk
+from llmquant.core.model_registry import ModelRegistry
+from llmquant.core.plan import make_plan
+from llmquant.core.quantizer_registry import BaseQuantizer
+
+
+class Measuring(BaseQuantizer):
+    "Stands where a method would; asks for what a suppressor asks for."
+    name, data_free = "measuring", False
+    wanted = ()
+    def needed_statistics(self): return self.wanted
+    def quantize_weight(self, weight, stats, scheme): raise NotImplementedError
+
+
+def walk_over(model, tokens, wanted=("maxima", "range"), batch_size=2, bits=8, group_size=-1, symmetric=True):
+    "A walk in front of the first block of a model in memory."
+    adapter, quantizer = ModelRegistry.for_config(model.config.to_dict()), Measuring()
+    quantizer.wanted = wanted
+    tensors = {name: (t.dtype, tuple(t.shape)) for name, t in adapter.checkpoint_tensors(model).items()}
+    plan = make_plan(adapter, model.config.to_dict(), tensors, model.dtype, quantizer, bits, group_size)
+    blocks = for_model(model, adapter)
+    entry = blocks.inputs(tokens, batch_size)
+    keep = lambda name, index: Activations([tuple(h.shape) for h in entry.hidden], torch.float32)
+    stream = keep("quantized", 0)
+    for batch, hidden in enumerate(entry.hidden): stream.put(batch, hidden)
+    return BlockWalk(plan, quantizer, blocks, entry, stream, stream, keep)
+
+
+def view_of(walk, index=0, drop=(), pairs=None, activations=None, dtype=torch.float32):
+    """A block, filled and measured, and its view.
+
+    Linears whose names end with one of `drop` stay in float; `dtype` is the export's; with `activations` the view's
+    `error` puts inputs on that grid too.
+    """
+    block, adapter = walk.blocks.load(index), walk.blocks.adapter
+    find = lambda name: adapter.get_layer_by_name(walk.blocks.model, name)
+    plans = {l.name: l for l in walk.plan.quantized if l.block == index and not l.name.endswith(tuple(drop) or "-")}
+    groups = walk.find_groups(index, block, {n: find(n) for n in plans})
+    measured = walk.measure(index, block, {names[0]: find(names[0]) for names in groups})
+    stats = {n: measured[names[0]] for names in groups for n in names}
+    if pairs is None: pairs = adapter.smoothing_pairs(walk.blocks.model.config.to_dict(), index)
+    view = walk.view(index, block, plans, stats, pairs)
+    view.dtype = dtype
+    if activations: on_activation_grid_(view, activations)
+    return block, view
+
+
+def on_activation_grid_(view, scheme=ActivationScheme()):
+    "Let `view.error` put the inputs of the Linears on a grid."
+    plain = view.error
+    def error(reference, batches=1):
+        hook = lambda module, given: (simulate(given[0], scheme),)
+        hooks = [view.module(name).register_forward_pre_hook(hook) for name in view.plans]
+        try: return plain(reference, batches)
+        finally:
+            for hook in hooks: hook.remove()
+    view.error = error
+
+
+@torch.no_grad()
+def suppress(model, suppressor, tokens, activations=None, dtype=torch.float32, **options):
+    "Suppress a model in memory block by block; the views, in order."
+    walk = walk_over(model, tokens, suppressor.needed_statistics(), **options)
+    views = []
+    for index in range(len(walk.blocks)):
+        block, view = view_of(walk, index, activations=activations, dtype=dtype)
+        suppressor.apply_to_block(view)
+        walk.stream = walk.feed(index, block, walk.stream, "quantized")
+        for (part, name), parameter in walk.blocks.lent.items(): parameter.data.copy_(part._parameters[name])
+        walk.blocks.empty()
+        views.append(view)
+    return views
