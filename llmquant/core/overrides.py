@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['Override', 'read_overrides', 'speaking', 'overridden_scheme', 'check_used']
 
-# %% ../../nbs/core/overrides.ipynb #21e19e22
+# %% ../../nbs/core/overrides.ipynb #02b5f756
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass, replace
 from typing import Any
+from .activation_options import ActivationScheme, read_activations
 from .errors import UsageError, closest
 from .options import SYMMETRIC, Option, parse_options
 
-# %% ../../nbs/core/overrides.ipynb #303f3555
+# %% ../../nbs/core/overrides.ipynb #fa703014
 @dataclass(frozen=True)
 class Override:
     "What the layers that a pattern matches get instead of the recipe's grid; None is the recipe's value."
@@ -22,6 +24,7 @@ class Override:
     group_size: int|None = None # -1 channel, 0 no groups, else columns per scale
     symmetric: bool|None = None # Whether zero lies in the middle
     skip: bool|None = None      # True leaves the layers in float; false takes back an earlier match
+    activations: ActivationScheme|bool|None = None # Grid of what the layers read; False for none
 
     @property
     def in_float(self) -> bool:
@@ -36,9 +39,10 @@ class Override:
 
     def to_dict(self) -> dict[str, Any]:
         "What was given, as plain values."
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        own = self.activations.to_dict() if self.activations else 16 if self.activations is False else None
+        return {key: value for key, value in {**asdict(self), "activations": own}.items() if value is not None}
 
-# %% ../../nbs/core/overrides.ipynb #ec444b8b
+# %% ../../nbs/core/overrides.ipynb #e867af22
 _KEYS = (Option("match", str, None), Option("bits", int, None), Option("group_size", int, None, minimum=-1),
          replace(SYMMETRIC, default=None), Option("skip", bool, None))
 
@@ -51,13 +55,17 @@ def _read_override(
     if not isinstance(given, Mapping):
         raise UsageError(f"{where}: {given!r} is {type(given).__name__}, must be a mapping such as "
                          r"{match: '.*\.down_proj', bits: 8}")
-    override = Override(**parse_options(_KEYS, given, where))
+    own = {}
+    if "activations" in given:
+        own = {"activations": read_activations(given["activations"], f"{where}.activations") or False}
+        given = {key: value for key, value in given.items() if key != "activations"}
+    override = Override(**parse_options(_KEYS, given, where), **own)
     if not override.match: raise UsageError(f"{where}.match is missing; give a regular expression for module names")
     try: re.compile(override.match)
     except (re.error, OverflowError, RecursionError) as error:
         raise UsageError(f"{where}.match: '{override.match}' is no regular expression ({error}); correct it") from None
     if len(override.to_dict()) == 1:
-        raise UsageError(f"{where}: says which layers and not what about them; add bits, group_size, symmetric or skip")
+        raise UsageError(f"{where}: says which layers and not what about them; add bits, group_size, symmetric, activations or skip")
     if override.skip and len(override.to_dict()) > 2:
         raise UsageError(f"{where}: skip leaves its layers in float, so they have no grid; remove the other keys "
                          "or skip")
@@ -83,18 +91,21 @@ def speaking(
     "The entry that decides about a layer."
     return next((i for i in reversed(range(len(overrides))) if overrides[i].matches(name)), None)
 
-# %% ../../nbs/core/overrides.ipynb #60245b37
+# %% ../../nbs/core/overrides.ipynb #04190712
 def overridden_scheme(
     override:Override,  # One that does not leave its layers in float
     quantizer,          # A configured quantizer
-    main,               # The recipe's grid, a `QuantScheme`
+    dtype,              # The export's, that of scales
     bits:int, group_size:int, # The recipe's
     where:str,          # Such as quantization.overrides[2], for messages
 ):                      # The grid of its layers, a `QuantScheme`
     "The recipe's grid with what an override says."
     bits = bits if override.bits is None else override.bits
     group_size = group_size if override.group_size is None else override.group_size
-    try: scheme = quantizer.make_scheme(bits, group_size, main.scale_dtype)
+    if override.activations is not None: # the layers' own, or none
+        quantizer = copy(quantizer)
+        quantizer.activations = override.activations or None
+    try: scheme = quantizer.make_scheme(bits, group_size, dtype)
     except UsageError as error: raise UsageError(f"{where}: {error}") from None
     if override.symmetric is None: return scheme
     return replace(scheme, symmetric=override.symmetric, float_zeros=scheme.float_zeros and not override.symmetric)

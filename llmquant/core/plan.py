@@ -126,7 +126,7 @@ def _layer_plans(
         return LayerPlan(site.name, site.out_features, site.in_features, site.block, None if reason else grid, reason)
     return tuple(one(s) for s in sorted(sites, key=lambda s: natural_key(s.name)))
 
-# %% ../../nbs/core/plan.ipynb #5c950ad2
+# %% ../../nbs/core/plan.ipynb #4d6c9648
 OVERRIDE = "override" # The reason of a layer that an override leaves in float
 
 def _override_grids(
@@ -134,12 +134,13 @@ def _override_grids(
     scheme:QuantScheme|None,         # The recipe's grid; None for 16 bits
     quantizer,                       # Configured
     bits:int, group_size:int,        # The recipe's
+    dtype:torch.dtype,               # The export's
 ) -> list[QuantScheme|None]:         # None leaves the layers in float
     "The grid of each override."
     if overrides and scheme is None:
         raise UsageError(f"{WHERE}: bits 16 leaves every weight as it is; to quantize some layers only, give the bits "
                          "that they should have and begin the list with {match: '.*', skip: true}")
-    return [None if o.in_float else overridden_scheme(o, quantizer, scheme, bits, group_size, f"{WHERE}[{i}]")
+    return [None if o.in_float else overridden_scheme(o, quantizer, dtype, bits, group_size, f"{WHERE}[{i}]")
             for i, o in enumerate(overrides)]
 
 # %% ../../nbs/core/plan.ipynb #43d85816
@@ -226,7 +227,7 @@ def _choose_format(
     mixed = asked == "auto" and len(schemes) > 1 and format.whole_objection(schemes)
     return FormatRegistry.get("compressed_tensors")(container) if mixed else format
 
-# %% ../../nbs/core/plan.ipynb #62023df5
+# %% ../../nbs/core/plan.ipynb #5bccb29b
 def make_plan(
     adapter,                        # The family's adapter
     config:dict,                    # The parsed config.json
@@ -245,7 +246,7 @@ def make_plan(
     if bits != 16: quantizer.check_bits(bits)
     dtype, overrides = export_dtype(stored, torch_dtype), read_overrides(overrides, WHERE)
     scheme = None if bits == 16 else quantizer.make_scheme(bits, group_size, dtype)
-    grids = _override_grids(overrides, scheme, quantizer, bits, group_size)
+    grids = _override_grids(overrides, scheme, quantizer, bits, group_size, dtype)
     sites = adapter.linear_sites(config, {name: tuple(shape) for name, (_, shape) in tensors.items()})
     layers = _layer_plans(sites, scheme, grids, overrides, _check_blocks(target_layers, sites))
     check_used(overrides, {l.name: "" if l.reason == OVERRIDE else l.reason for l in layers}, WHERE)

@@ -17,7 +17,7 @@ from .qtensor import QuantizedWeight
 from .registry import Registry
 from .scheme import QuantScheme, scheme_for
 
-# %% ../../nbs/core/quantizer_registry.ipynb #30f3a447
+# %% ../../nbs/core/quantizer_registry.ipynb #fccc76cf
 class BaseQuantizer:
     "One quantization method; subclasses write `quantize_weight`, or the guide's `quantize`."
     name = ""                                # Overridden by the class or in its constructor
@@ -27,6 +27,7 @@ class BaseQuantizer:
     data_free = True                         # Whether it looks at weights alone
     stacks_rows = False                      # Rows do not see each other: Linears with one input may be stacked
     settings = MappingProxyType({})          # The options' values, set by `configure`
+    activations = None                       # An `ActivationScheme` when inputs go on a grid too; the recipe's
 
     def needed_statistics(self) -> tuple[str, ...]: # Of "hessian", "cross" and "maxima"; see the Statistics page
         "What calibration must measure for it."
@@ -102,7 +103,7 @@ def check_bits(self:BaseQuantizer,
         raise UsageError(f"bits {bits!r} is not supported by {self.name}; "
                          f"use one of {', '.join(map(str, self.get_supported_bits()))}")
 
-# %% ../../nbs/core/quantizer_registry.ipynb #8ef6e8df
+# %% ../../nbs/core/quantizer_registry.ipynb #4b8573c5
 @patch
 def make_scheme(self:BaseQuantizer,
     bits:int,                # Width; must be a supported one below 16
@@ -114,6 +115,9 @@ def make_scheme(self:BaseQuantizer,
     s = self.settings or self.configure({}).settings
     kwargs = {"symmetric": s["symmetric"], "scale_dtype": scale_dtype, "range_rule": s.get("dynamic_range", "minmax")}
     if "percentile" in s: kwargs["percentile"] = s["percentile"]
+    if self.activations is not None:
+        kwargs |= {"activations": self.activations, "scale_dtype": torch.float32, # what vLLM's 8-bit kernels read
+                   "type": self.activations.type}
     return scheme_for(bits, group_size, s.get("per_channel", True), **kwargs)
 
 # %% ../../nbs/core/quantizer_registry.ipynb #7111b77a

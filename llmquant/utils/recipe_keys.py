@@ -6,12 +6,13 @@
 __all__ = ['SECTIONS', 'KEYS', 'BY_PATH', 'BY_NAME', 'Key', 'read_layers', 'read_names', 'read_text', 'read_dataset',
            'read_group_size', 'read_device', 'read_size', 'read_memory', 'read_saved_config', 'read_format']
 
-# %% ../../nbs/utils/recipe_keys.ipynb #c582b0b7
+# %% ../../nbs/utils/recipe_keys.ipynb #3ad66033
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any
+from ..core.activation_options import read_activations
 from ..core.errors import UsageError
 from ..core.options import Option, check_value, parse_options
 from ..core.overrides import read_overrides
@@ -184,7 +185,7 @@ def read_format(
     "Read the name of an export format."
     return check_value(Option("format", str, "auto"), value, where).replace("-", "_")
 
-# %% ../../nbs/utils/recipe_keys.ipynb #520f08c6
+# %% ../../nbs/utils/recipe_keys.ipynb #7d7b3910
 _QUANTIZATION = (
     Key("method", str, "minmax", "the quantizer, one that `llmquant list` shows", flag="--method"),
     Key("bits", int, 4, "bits per weight; 16 leaves every weight as it is", flag="--bits"),
@@ -195,7 +196,10 @@ _QUANTIZATION = (
     Key("layers", str, None, "decoder layers to quantize, such as 0,1,4-6; implies layer_wise",
         flag="--layers", read=read_layers),
     Key("overrides", str, (), "layers on another grid or in float: a list of {match: REGEX, bits, group_size, "
-        "symmetric, skip}; the whole module name must match, the last match wins", read=read_overrides),
+        "symmetric, activations, skip}; the whole module name must match, the last match wins", read=read_overrides),
+    Key("activations", int, None, "grid of what the layers read: bits, or a section {bits, type, granularity, dynamic, "
+        "symmetric, dynamic_range, percentile}; 8 is int8 for each token", flag="--activation-bits",
+        read=read_activations),
     Key("outlier_suppression", str, (), "suppressors to apply first: a name, a list, or none",
         flag="--outlier-suppression", read=read_names),
     Key("seed", int, 0, "seed of everything random", minimum=0, maximum=2**32 - 1, flag="--seed"))

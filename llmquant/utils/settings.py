@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['Setting', 'unknown_key', 'document_settings', 'argument_settings']
 
-# %% ../../nbs/utils/settings.ipynb #89f5027e
+# %% ../../nbs/utils/settings.ipynb #3dad3e72
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 from ..core.errors import UsageError
+from ..core.outlier_suppression_registry import OutlierSuppressionRegistry
 from ..core.quantizer_registry import QuantizerRegistry
 from .recipe_keys import BY_NAME, BY_PATH, SECTIONS
 
-# %% ../../nbs/utils/settings.ipynb #e23fde5d
+# %% ../../nbs/utils/settings.ipynb #29828f0e
 @dataclass(frozen=True)
 class Setting:
     "One value that somebody gave."
@@ -22,7 +23,7 @@ class Setting:
     value: Any        # As given, unchecked
     where: str        # As the user wrote it, such as recipe.yaml:4: quantization.minmax.symmetric
     origin: str       # "command line", "file recipe.yaml", ...
-    method: str = ""  # The method in whose section it stands
+    method: str = ""  # The method or suppressor in whose section it stands
 
 # %% ../../nbs/utils/settings.ipynb #9824dff6
 def _section(
@@ -47,7 +48,7 @@ def unknown_key(
     hint = f"; did you mean '{places[near[0]]}'?" if near else ""
     return UsageError(f"{setting.where}: unknown key, not {what}{hint}")
 
-# %% ../../nbs/utils/settings.ipynb #d107580c
+# %% ../../nbs/utils/settings.ipynb #7bbb8d0e
 def document_settings(
     document:Mapping,         # Nested, as YAML gives it
     origin:str,               # Who says so
@@ -58,7 +59,7 @@ def document_settings(
     "Flatten a document to its settings; an unknown section is an error."
     def where(path):
         return prefix + (f"{source}:{lines[path]}: " if path in lines else f"{source}: " if source else "") + path
-    methods, found = QuantizerRegistry.list_quantizers(), []
+    methods, found = [*QuantizerRegistry.list_quantizers(), *OutlierSuppressionRegistry.list_suppressors()], []
     for section, content in document.items():
         if section not in SECTIONS:
             lost = Setting(str(section), content, where(str(section)), origin)
