@@ -3,9 +3,10 @@
 The package's own walk does much more; this one is what its parts look like when they are put together in a few lines,
 so that the edits can be judged alone.
 """
+from dataclasses import replace
+
 import torch
 
-from llmquant.core.activation_scheme import ActivationScheme, simulate
 from llmquant.core.activations import Activations
 from llmquant.core.block_source import for_model
 from llmquant.core.block_walk import BlockWalk
@@ -39,32 +40,21 @@ def walk_over(model, tokens, wanted=("maxima", "range"), batch_size=2, bits=8, g
 def view_of(walk, index=0, drop=(), pairs=None, activations=None, dtype=torch.float32):
     """A block, filled and measured, and its view.
 
-    Linears whose names end with one of `drop` stay in float; `dtype` is the export's; with `activations` the view's
-    `error` puts inputs on that grid too.
+    Linears whose names end with one of `drop` stay in float; `dtype` is the export's; `activations` is the grid that
+    `view.error` puts inputs on.
     """
     block, adapter = walk.blocks.load(index), walk.blocks.adapter
     find = lambda name: adapter.get_layer_by_name(walk.blocks.model, name)
     plans = {l.name: l for l in walk.plan.quantized if l.block == index and not l.name.endswith(tuple(drop) or "-")}
+    if activations:
+        plans = {n: replace(l, scheme=replace(l.scheme, activations=activations)) for n, l in plans.items()}
     groups = walk.find_groups(index, block, {n: find(n) for n in plans})
     measured = walk.measure(index, block, {names[0]: find(names[0]) for names in groups})
     stats = {n: measured[names[0]] for names in groups for n in names}
     if pairs is None: pairs = adapter.smoothing_pairs(walk.blocks.model.config.to_dict(), index)
     view = walk.view(index, block, plans, stats, pairs)
     view.dtype = dtype
-    if activations: on_activation_grid_(view, activations)
     return block, view
-
-
-def on_activation_grid_(view, scheme=ActivationScheme()):
-    "Let `view.error` put the inputs of the Linears on a grid."
-    plain = view.error
-    def error(reference, batches=1):
-        hook = lambda module, given: (simulate(given[0], scheme),)
-        hooks = [view.module(name).register_forward_pre_hook(hook) for name in view.plans]
-        try: return plain(reference, batches)
-        finally:
-            for hook in hooks: hook.remove()
-    view.error = error
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ def smoothing_factors(
     s = floor(inputs)**alpha / floor(columns)**(1 - alpha)
     return torch.where(live, s / s[live].log().mean().exp(), torch.ones_like(s))
 
-# %% ../../nbs/outlier_suppression/smooth_quant.ipynb #2dba7a59
+# %% ../../nbs/outlier_suppression/smooth_quant.ipynb #a6196131
 ALPHAS = tuple(k / 10 for k in range(11)) # Tried by auto_alpha
 BATCHES = 2                               # Of the calibration text, on which it judges
 
@@ -75,6 +75,6 @@ class SmoothQuantSuppressor(BaseOutlierSuppressor):
             alpha, factors, errors = site.best_scale(tries, site.view.outputs(BATCHES))
             facts = {"error_ratio": min([1., *errors.values()])}
         else: factors = smoothing_factors(inputs, columns, alpha)
-        if alpha is not None: factors = site.scale_by(factors)
+        factors = site.scale_by(factors)
         facts |= {"alpha": alpha, "largest_factor": float(factors.max()), "smallest_factor": float(factors.min())}
-        site.view.notes.setdefault(self.name, {})[site.pair.producer] = facts
+        site.note(self.name, facts)

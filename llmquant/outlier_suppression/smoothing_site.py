@@ -147,6 +147,15 @@ def shifted(
     low, high = stats.low - z, stats.high - z
     return LayerStats(stats.tokens, low=low, high=high, maxima=torch.maximum(low.abs(), high.abs()), notes=stats.notes)
 
+# %% ../../nbs/outlier_suppression/smoothing_site.ipynb #4ddb6e3c
+@patch
+def note(self:SmoothingSite,
+    suppressor:str, # Whose
+    facts:dict,     # Plain values
+):
+    "Keep facts about a pair for the report."
+    self.view.notes.setdefault(suppressor, {}).setdefault("pairs", {})[self.pair.producer] = facts
+
 # %% ../../nbs/outlier_suppression/smoothing_site.ipynb #20cc41e0
 @patch
 @contextmanager
