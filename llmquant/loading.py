@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PACKED', 'FORMATS', 'PARTS', 'packed_layers', 'export_format', 'container_of', 'columns_of', 'dequantized',
-           'float_tensors', 'open_any', 'model_config', 'load']
+           'float_tensors', 'input_grids', 'put_inputs_on_grids', 'open_any', 'model_config', 'load']
 
-# %% ../nbs/loading.ipynb #e9c2b07b
+# %% ../nbs/loading.ipynb #c2b83751
 import json
 from contextlib import closing
 from functools import partial
@@ -15,18 +15,20 @@ from pathlib import Path
 import torch
 
 from .checkpoint.source import CheckpointSource, open_checkpoint
+from .core.activation_scheme import simulate
 from .core.errors import UsageError
 from .core.format_registry import BaseFormat, FormatRegistry
 from .core.model_registry import ModelRegistry
 from .core.scheme import QuantScheme, scheme_of
 
-# %% ../nbs/loading.ipynb #e7e9b8ee
-PACKED = (".weight_packed", ".qweight")
+# %% ../nbs/loading.ipynb #107b8907
+PACKED = (".weight_packed", ".qweight", ".weight_scale")
 
 def packed_layers(names,  # tensor names of an export
                   ) -> list[str]:
     "The quantized layers, in the order of the names."
-    return [name.removesuffix(suffix) for name in names for suffix in PACKED if name.endswith(suffix)]
+    found = (name.removesuffix(suffix) for name in names for suffix in PACKED if name.endswith(suffix))
+    return list(dict.fromkeys(found))
 
 # %% ../nbs/loading.ipynb #d467bb4e
 FORMATS = {"compressed-tensors": "compressed_tensors", "gptq": "gptq", "awq": "awq", "llmquant": "float_zeros"}
@@ -53,7 +55,7 @@ def container_of(quantization_config: dict,  # of an export's config.json
     if all(bits == stored for bits, stored in narrow): return "dense"
     return "int4" if all(stored == 4 for _, stored in narrow) else "auto"
 
-# %% ../nbs/loading.ipynb #7e74eaaa
+# %% ../nbs/loading.ipynb #fe7c1b17
 def columns_of(source: CheckpointSource,  # an export
                layer: str,                # one of its quantized layers
                bits: int,                 # of its grid
@@ -61,6 +63,7 @@ def columns_of(source: CheckpointSource,  # an export
     "in_features of a packed layer."
     shapes = {name: info.shape for name, info in source.tensors.items()}
     if f"{layer}.weight_shape" in shapes: return int(source.tensor(f"{layer}.weight_shape")[1])
+    if f"{layer}.weight" in shapes: return shapes[f"{layer}.weight"][1]
     rows = shapes[f"{layer}.qweight"][0]
     return rows * 32 // bits if f"{layer}.g_idx" in shapes else rows
 
@@ -90,8 +93,39 @@ def float_tensors(source: CheckpointSource,           # an export, or a plain ch
     weights = {f"{layer}.weight": dequantized(source, layer, packing, grid(layer)) for layer in layers}
     return state | {name: served(name, weight) for name, weight in weights.items()}
 
-# %% ../nbs/loading.ipynb #68165747
-PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "qweight", "qzeros", "scales", "g_idx")
+# %% ../nbs/loading.ipynb #c26bb4eb
+PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "qweight", "qzeros", "scales", "g_idx",
+         "weight", "input_scale", "input_zero_point")
+
+# %% ../nbs/loading.ipynb #edef686d
+def input_grids(source: CheckpointSource,  # an export, or a plain checkpoint
+                ) -> dict[str, tuple]:     # layer -> scheme of its activations, scale and zero point or None
+    "The grids of the inputs."
+    config, grids = source.config.get("quantization_config"), {}
+    for layer in packed_layers(source.tensors) if config else ():
+        if (scheme := scheme_of(config, layer).activations) is None: continue
+        parts = [f"{layer}.input_scale", f"{layer}.input_zero_point"]
+        grids[layer] = scheme, *(source.tensor(part) if part in source.tensors else None for part in parts)
+    return grids
+
+# %% ../nbs/loading.ipynb #9d3b38c6
+def put_inputs_on_grids(model,         # a transformers model
+                        grids: dict,   # what `input_grids` gave
+                        where,         # the export, for the message
+                        ):
+    "Hooks in front of the Linears that have quantized inputs."
+    modules = dict(model.named_modules())
+    for layer, (scheme, scale, zero) in grids.items():
+        if layer not in modules:
+            raise UsageError(f"{where}: {layer} is no module of its own in transformers, so its activations cannot be "
+                             "simulated here; load it with activations=False")
+        modules[layer].register_forward_pre_hook(partial(_on_grid, scheme, scale, zero))
+
+# %% ../nbs/loading.ipynb #2a9c7277
+def _on_grid(scheme, scale, zero, module, inputs):
+    "A forward pre-hook."
+    moved = [None if part is None else part.to(inputs[0].device) for part in (scale, zero)]
+    return simulate(inputs[0], scheme, *moved), *inputs[1:]
 
 # %% ../nbs/loading.ipynb #852bf5a0
 def open_any(path: str | Path,               # an export, a plain checkpoint, a GGUF
@@ -116,17 +150,19 @@ def model_config(source: CheckpointSource,  # where config.json lies
     if hasattr(config, "quantization_config"): del config.quantization_config
     return config
 
-# %% ../nbs/loading.ipynb #f83869da
+# %% ../nbs/loading.ipynb #cf7fa0c8
 def load(path: str | Path,                        # an export, a plain checkpoint, or a GGUF
          dtype: torch.dtype | None = None,        # of the model in memory; the checkpoint's when not given
          device: str | torch.device | None = None,  # where to put it; the CPU when not given
          served_in: torch.dtype | None = None,    # round the weights to this dtype first, as a server would hold them
          trust_remote_code: bool = False,         # allow code from the hub
+         activations: bool = True,                # put inputs on their grid where the export says so, as a server does
          ):
     "The dequantized model in transformers, in eval mode."
     from transformers import AutoModelForCausalLM
     with closing(open_any(path, trust_remote_code)) as source:
         config = model_config(source, trust_remote_code)
+        grids = input_grids(source) if activations else {}
         state = float_tensors(source, served_in or (source.dtype if packed_layers(source.tensors) else None))
         with torch.device("meta"):
             kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
@@ -134,4 +170,5 @@ def load(path: str | Path,                        # an export, a plain checkpoin
                                              output_loading_info=True)
     if missing := sorted(report["missing_keys"]):
         raise UsageError(f"{path}: holds no tensor for {missing[0]} ({len(missing)} missing); fetch or make it again")
+    put_inputs_on_grids(model, grids, path)
     return model.eval().to(device or "cpu")

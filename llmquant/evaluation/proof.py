@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['logger', 'DTYPES', 'EDITED', 'BFLOAT16_ONLY', 'BOUNDS', 'ROUTED', 'layer_at', 'steps_moved', 'float_scales',
            'original', 'check_layers', 'check_floats', 'was_edited', 'check_files', 'teacher_tokens', 'serving_dtype',
-           'forced_logits', 'divergences', 'noisy', 'judged_positions', 'serve', 'check_vllm', 'summary', 'as_known',
-           'prove', 'verify']
+           'quantizes_inputs', 'bound_on_kl', 'forced_logits', 'divergences', 'noisy', 'judged_positions', 'serve',
+           'check_vllm', 'summary', 'as_known', 'prove', 'verify']
 
-# %% ../../nbs/evaluation/proof.ipynb #7d3dfdd9
+# %% ../../nbs/evaluation/proof.ipynb #21f78779
 import hashlib
 import logging
 import re
+from collections.abc import Mapping
 from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -95,14 +97,14 @@ def check_layers(tensors: dict,      # what `read_safetensors` gave
                          "one is allowed")
     return {"layers": len(digests), **({"largest_step": round(worst[0], 4)} if worst[1] else {})}
 
-# %% ../../nbs/evaluation/proof.ipynb #ac256832
+# %% ../../nbs/evaluation/proof.ipynb #b53c0d83
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 def check_floats(tensors: dict,                # what `read_safetensors` gave
                  layers: list[str],            # quantized
                  config: dict,                 # the export's config.json
                  reference: CheckpointSource,  # MODEL
-                 edited: dict = {},            # tensors that the method edited: name -> SHA-256 of their bytes
+                 edited: Mapping = MappingProxyType({}), # edited by the method: name -> SHA-256 of its bytes
                  ) -> int:                     # how many were equal
     "`ProofError` when a tensor that was not quantized is neither MODEL's nor what the method made of it."
     layers = set(layers)
@@ -162,7 +164,7 @@ def teacher_tokens(export: Path,      # folder, with or without a tokenizer
     stride = len(ids) // prompts
     return [ids[i * stride:i * stride + length] for i in range(prompts)]
 
-# %% ../../nbs/evaluation/proof.ipynb #4088b322
+# %% ../../nbs/evaluation/proof.ipynb #cc1d3afd
 BFLOAT16_ONLY = {"gemma2", "gemma3", "gemma3_text", "glm4", "plamo2"}
 BOUNDS = {"float16": 1e-4, "bfloat16": 2e-3, "float32": 1e-4}
 
@@ -173,7 +175,22 @@ def serving_dtype(config: dict,          # an export's config.json
     if dtype != "auto":
         if dtype not in BOUNDS: raise UsageError(f"dtype {dtype!r}: must be auto, {', '.join(BOUNDS)}")
         return dtype
+    if quantizes_inputs(config) and not torch.cuda.is_available(): return "float32"
     return "bfloat16" if config.get("model_type") in BFLOAT16_ONLY else "float16"
+
+# %% ../../nbs/evaluation/proof.ipynb #228b3e5e
+def quantizes_inputs(config: dict,  # an export's config.json
+                     ) -> bool:
+    "Whether any layer has quantized activations."
+    found = config.get("quantization_config") or {}
+    schemes = [found.get("llmquant_scheme") or {}, *(found.get("llmquant_overrides") or {}).values()]
+    return any(scheme.get("activations") for scheme in schemes)
+
+def bound_on_kl(config: dict,  # an export's config.json
+                dtype: str,    # that it is served in
+                ) -> float:
+    "The bound on the mean divergence."
+    return 5e-2 if quantizes_inputs(config) and dtype != "float32" else BOUNDS[dtype]
 
 # %% ../../nbs/evaluation/proof.ipynb #50048b12
 @torch.no_grad()
@@ -237,7 +254,7 @@ def serve(job: Job,            # what to ask
         logger.info("%s plugins: %s", "without" if without else "with", said.error)
     raise ProofError(f"the export: vLLM cannot serve it ({said.error})")
 
-# %% ../../nbs/evaluation/proof.ipynb #256d4349
+# %% ../../nbs/evaluation/proof.ipynb #c919306a
 def check_vllm(export: Path,                 # folder
                dtype: str = "auto",          # to serve in
                bound: float | None = None,   # on the mean KL; by dtype when not given
@@ -247,7 +264,7 @@ def check_vllm(export: Path,                 # folder
     "The third question; `ProofError` when the mean KL is beyond the bound."
     config = read_json(Path(export)/"config.json")
     dtype, prompts = serving_dtype(config, dtype), teacher_tokens(export, config)
-    bound = BOUNDS[dtype] if bound is None else bound
+    bound = bound_on_kl(config, dtype) if bound is None else bound
     said, served_by = serve(Job(str(export), prompts, dtype, quantization), stock)
     served_in, device = getattr(torch, dtype), "cuda" if torch.cuda.is_available() else "cpu"
     model = load(export, torch.float32, device, served_in)

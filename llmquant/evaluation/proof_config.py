@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['REPORT', 'NEEDED', 'FIXED', 'MAY_DIFFER', 'damaged', 'is_shape', 'is_scheme', 'report_objection', 'read_report',
-           'group_objection', 'quantization_objection', 'check_width', 'left_in_float', 'check_quantization', 'shown',
-           'difference', 'check_config']
+           'is_input', 'group_objection', 'quantization_objection', 'check_width', 'shown', 'layout_of',
+           'layout_of_all', 'check_inputs', 'left_in_float', 'check_quantization', 'difference', 'check_config']
 
-# %% ../../nbs/evaluation/proof_config.ipynb #c215ebbb
+# %% ../../nbs/evaluation/proof_config.ipynb #85c1d4aa
 import json
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ import yaml
 
 from ..core.errors import ProofError, UsageError
 from ..core.scheme import QuantScheme, scheme_of
-from ..formats.unpackers import group_weights
+from ..formats.unpackers import config_group, group_weights
 
 # %% ../../nbs/evaluation/proof_config.ipynb #6a2c2f62
 REPORT = "quantization_report.yaml"
@@ -28,7 +28,7 @@ def damaged(path: Path,   # a file of an export
     return UsageError(f"{path}: {what}; this is not an export of llmquant, or it is damaged, so quantize the model "
                       "again")
 
-# %% ../../nbs/evaluation/proof_config.ipynb #36b4b4e8
+# %% ../../nbs/evaluation/proof_config.ipynb #0f9d4f16
 def is_shape(layer) -> bool:
     "Whether a layer of the report has a shape of two sizes."
     shape = layer.get("shape") if isinstance(layer, dict) else None
@@ -36,7 +36,7 @@ def is_shape(layer) -> bool:
 
 def is_scheme(values) -> bool:
     "Whether these are the values of a grid."
-    try: return QuantScheme.from_dict(values).to_dict() == values
+    try: return isinstance(values, dict) and QuantScheme.from_dict(values).to_dict() == values
     except (TypeError, KeyError, ValueError): return False
 
 # %% ../../nbs/evaluation/proof_config.ipynb #f61ee8ef
@@ -75,18 +75,25 @@ def read_report(export: Path) -> dict:
     if objection := report_objection(report): raise damaged(path, objection)
     return report
 
-# %% ../../nbs/evaluation/proof_config.ipynb #3e32a554
+# %% ../../nbs/evaluation/proof_config.ipynb #cce84179
 NEEDED = {"compressed-tensors": {"format": str, "config_groups": dict, "ignore": list},
           "llmquant": {"format": str, "config_groups": dict, "ignore": list},
           "gptq": {"bits": int, "group_size": int, "desc_act": bool, "sym": bool, "checkpoint_format": str,
                    "lm_head": bool, "dynamic": dict},
           "awq": {"bits": int, "group_size": int, "zero_point": bool, "version": str, "lm_head": bool,
                   "modules_to_not_convert": list}}
-FIXED = {"compressed-tensors": {"format": "pack-quantized"}, "llmquant": {"format": "float-zeros"},
+FIXED = {"compressed-tensors": {}, "llmquant": {"format": "float-zeros"},
          "gptq": {"desc_act": False, "sym": True},
          "awq": {"bits": 4, "zero_point": True, "version": "gemm"}}
 
-# %% ../../nbs/evaluation/proof_config.ipynb #9b712679
+# %% ../../nbs/evaluation/proof_config.ipynb #0f2c3117
+def is_input(said,  # the section input_activations of a group
+             ) -> bool:
+    "Whether it says nothing, or all that a server reads."
+    return said is None or isinstance(said, dict) and \
+        {"num_bits", "type", "strategy", "dynamic", "symmetric"} <= set(said)
+
+# %% ../../nbs/evaluation/proof_config.ipynb #901933bf
 def group_objection(name: str,  # such as group_0
                     group,      # what stands there
                     ) -> str:
@@ -96,6 +103,8 @@ def group_objection(name: str,  # such as group_0
         return f"quantization_config.config_groups.{name}.weights is missing or incomplete"
     if not isinstance(targets, list) or not targets or not all(isinstance(target, str) for target in targets):
         return f"quantization_config.config_groups.{name}.targets must be a list of names"
+    if not is_input(group.get("input_activations")):
+        return f"quantization_config.config_groups.{name}.input_activations is incomplete"
     width = weights.get("group_size")
     if width is not None and type(width) is not int: return f"the group_size of {name} must be a number or null"
     strategy = "channel" if width is None else "group"
@@ -132,6 +141,39 @@ def check_width(found: dict,   # quantization_config
         raise ProofError(f"layer {layer}: config.json says group_size {said}, and each of the {groups} scales in a row "
                          f"of {columns} weights means {columns // groups} of them")
 
+# %% ../../nbs/evaluation/proof_config.ipynb #59614a7f
+def shown(value) -> str:
+    "A value of config.json for a message."
+    text = json.dumps(value, sort_keys=True)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+# %% ../../nbs/evaluation/proof_config.ipynb #6e7387a6
+def layout_of(scheme: QuantScheme) -> str:
+    "The layout of compressed-tensors for a grid."
+    return f"{scheme.type}-quantized" if scheme.activations or scheme.type == "float" else "pack-quantized"
+
+def layout_of_all(found: dict,  # quantization_config
+                  ) -> str:
+    "What the key `format` must say."
+    own = found.get("llmquant_overrides", {}).values()
+    layouts = {layout_of(QuantScheme.from_dict(values)) for values in (found["llmquant_scheme"], *own)}
+    return layouts.pop() if len(layouts) == 1 else "mixed-precision"
+
+# %% ../../nbs/evaluation/proof_config.ipynb #f23aea10
+def check_inputs(found: dict,  # quantization_config of compressed-tensors
+                 layer: str,   # a quantized layer
+                 ):
+    "`ProofError` when vLLM would look in another layout, or do something else to the inputs, than our scheme says."
+    group, scheme = config_group(found, layer), scheme_of(found, layer)
+    layout = group.get("format") or found["format"]
+    if layout != layout_of(scheme):
+        raise ProofError(f"layer {layer}: config.json says {layout}, and its grid {scheme} lies in {layout_of(scheme)}")
+    said, inputs = group.get("input_activations"), scheme.activations
+    told = said and (said["num_bits"], said["type"], said["strategy"], said["dynamic"], said["symmetric"])
+    meant = inputs and (inputs.bits, inputs.type, inputs.granularity, inputs.dynamic, inputs.symmetric)
+    if told != meant:
+        raise ProofError(f"layer {layer}: vLLM is told {shown(said)} about its inputs, and the scheme is {scheme}")
+
 # %% ../../nbs/evaluation/proof_config.ipynb #7f9be4a3
 def left_in_float(found: dict,  # quantization_config
                   layer: str,   # a layer
@@ -141,7 +183,7 @@ def left_in_float(found: dict,  # quantization_config
     if "modules_to_not_convert" in found: return any(part in layer for part in found["modules_to_not_convert"])
     return any(re.match(name[3:], layer) if name.startswith("re:") else name == layer for name in found["ignore"])
 
-# %% ../../nbs/evaluation/proof_config.ipynb #bc41fda8
+# %% ../../nbs/evaluation/proof_config.ipynb #193b674a
 def check_quantization(config: dict,  # the export's config.json
                        report: dict,  # its report
                        path: Path,    # of config.json, for messages
@@ -154,6 +196,7 @@ def check_quantization(config: dict,  # the export's config.json
     if objection := quantization_objection(found): raise damaged(path, objection)
     expected = {"llmquant_scheme": report["scheme"], "llmquant_method": report.get("method"),
                 **FIXED[found["quant_method"]]}
+    if found["quant_method"] == "compressed-tensors": expected["format"] = layout_of_all(found)
     if "lm_head" in found: expected["lm_head"] = "lm_head" in layers
     if found["quant_method"] == "gptq": expected["bits"] = report["scheme"]["bits"]
     for key, value in expected.items():
@@ -165,12 +208,7 @@ def check_quantization(config: dict,  # the export's config.json
             raise ProofError(f"layer {layer}: is quantized, and config.json says that it was left in float")
         if "scheme" in facts and str(own := scheme_of(found, layer)) != facts["scheme"]:
             raise ProofError(f"layer {layer}: is {own} in config.json and {facts['scheme']} in the report")
-
-# %% ../../nbs/evaluation/proof_config.ipynb #59614a7f
-def shown(value) -> str:
-    "A value of config.json for a message."
-    text = json.dumps(value, sort_keys=True)
-    return text if len(text) <= 120 else text[:117] + "..."
+        if found["quant_method"] == "compressed-tensors": check_inputs(found, layer)
 
 # %% ../../nbs/evaluation/proof_config.ipynb #3d7d86ea
 MAY_DIFFER = {"quantization_config", "dtype", "torch_dtype", "_name_or_path", "transformers_version"}

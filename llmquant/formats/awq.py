@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pack_interleaved', 'unpack_interleaved', 'AWQFormat']
 
-# %% ../../nbs/formats/awq.ipynb #ae66e4c2
+# %% ../../nbs/formats/awq.ipynb #37390c6b
 import torch
 from collections.abc import Mapping
 from fastcore.basics import patch
@@ -17,6 +17,7 @@ from ..core.format_registry import BaseFormat, group_objection
 from ..core.packing import pack_bits, unpack_bits
 from ..core.qtensor import QuantizedWeight
 from ..core.scheme import QuantScheme
+from .byte_codes import weights_only_objection
 from .names import substring_entries
 
 # %% ../../nbs/formats/awq.ipynb #4e591d4e
@@ -42,7 +43,7 @@ class AWQFormat(BaseFormat):
     "AWQ's layout (its GEMM version), 4 bits."
     name = "awq"
 
-# %% ../../nbs/formats/awq.ipynb #a8dd43b7
+# %% ../../nbs/formats/awq.ipynb #df49e6a1
 _GROUPS = 32, 64, 128
 
 @patch
@@ -52,6 +53,7 @@ def objection(self:AWQFormat,
     in_features:int,    # K
 ) -> str:               # "" when vLLM loads it, else why not and what to use instead
     "Why vLLM would not load a layer of this shape on this grid."
+    if said := weights_only_objection(scheme, self.name): return said
     if scheme.float_zeros: return "this layout has no place for float zero points; use format float_zeros or auto"
     if scheme.bits != 4: return f"vLLM reads awq at 4 bits only, not {scheme.bits}; use format compressed_tensors"
     if scheme.granularity == "group" and scheme.group_size not in _GROUPS:

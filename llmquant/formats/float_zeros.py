@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FloatZerosFormat']
 
-# %% ../../nbs/formats/float_zeros.ipynb #4b0fd243
+# %% ../../nbs/formats/float_zeros.ipynb #cdb8bf24
 import torch
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
@@ -16,10 +16,11 @@ from ..core.format_registry import BaseFormat, group_objection
 from ..core.packing import pack_bits, unpack_bits, words_for
 from ..core.qtensor import QuantizedWeight
 from ..core.scheme import QuantScheme
+from .byte_codes import weights_only_objection
 from .compressed_tensors import CompressedTensorsFormat
 from .names import expert_lists
 
-# %% ../../nbs/formats/float_zeros.ipynb #cbba1f1c
+# %% ../../nbs/formats/float_zeros.ipynb #90396dbc
 class FloatZerosFormat(BaseFormat):
     "A stream of codes, scales, and zero points in float32."
     name = "float_zeros"
@@ -30,6 +31,7 @@ class FloatZerosFormat(BaseFormat):
         in_features:int,    # K
     ) -> str:               # "" when the plugin serves it, else why not and what to use instead
         "Why the plugin would not serve a layer of this shape on this grid."
+        if said := weights_only_objection(scheme, self.name): return said
         if not scheme.float_zeros:
             return "format float_zeros is for zero points between the codes; use format compressed_tensors or auto"
         return group_objection(scheme, in_features)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GPTQFormat']
 
-# %% ../../nbs/formats/gptq.ipynb #e70d0dbd
+# %% ../../nbs/formats/gptq.ipynb #26ee7d03
 import torch
 from collections.abc import Mapping
 from fastcore.basics import patch
@@ -17,6 +17,7 @@ from ..core.format_registry import BaseFormat, group_objection
 from ..core.packing import pack_bits, unpack_bits
 from ..core.qtensor import QuantizedWeight
 from ..core.scheme import QuantScheme
+from .byte_codes import weights_only_objection
 from .names import anchored_patterns
 
 # %% ../../nbs/formats/gptq.ipynb #08b152cd
@@ -24,7 +25,7 @@ class GPTQFormat(BaseFormat):
     "GPTQ's layout, symmetric, without activation order."
     name = "gptq"
 
-# %% ../../nbs/formats/gptq.ipynb #11d114de
+# %% ../../nbs/formats/gptq.ipynb #d12d580b
 _GROUPS = 32, 64, 128
 
 @patch
@@ -34,6 +35,7 @@ def objection(self:GPTQFormat,
     in_features:int,    # K
 ) -> str:               # "" when vLLM loads it, else why not and what to use instead
     "Why vLLM would not load a layer of this shape on this grid."
+    if said := weights_only_objection(scheme, self.name): return said
     if scheme.float_zeros: return "this layout has no place for float zero points; use format float_zeros or auto"
     if scheme.bits not in (4, 8):
         return f"vLLM reads gptq at 4 and 8 bits only, not {scheme.bits}; use format compressed_tensors"
