@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['logger', 'WITHOUT_EFFECT', 'calibration_of', 'sample_from', 'need_of', 'check_pairs', 'identity', 'calibrated_carry',
-           'spoken']
+           'tell_report', 'spoken']
 
-# %% ../nbs/calibrated.ipynb #00da8430
+# %% ../nbs/calibrated.ipynb #9a6f1990
 import logging
 from functools import partial
 from types import SimpleNamespace
@@ -20,6 +20,7 @@ from .core.decoder_walk import Storage, begin, climb
 from .core.errors import UsageError
 from .core.memory import MemoryNeed, fit, predict, resident
 from .core.plan import Plan
+from .core.suppress import bare
 from .core.walk import LayerResult
 from .utils.config import Recipe, recipe_to_dict
 from .utils.logging import progress
@@ -64,37 +65,40 @@ def sample_from(
                                 max_new_tokens=max_length, min_new_tokens=max_length, pad_token_id=start)
     return tokens[:, 1:]
 
-# %% ../nbs/calibrated.ipynb #89ae51b6
+# %% ../nbs/calibrated.ipynb #90c570ff
 def need_of(
     recipe:Recipe,           # Windows, lengths, batches, ceiling
     plan:Plan,               # What will be done
     adapter,                 # Of the model's family
     quantizer,               # Configured
     source:CheckpointSource, # The model
+    suppressors:tuple=(),    # Configured
 ) -> MemoryNeed:
     "The predicted peak, under the ceiling; `UsageError` when it cannot be held."
-    check_pairs(plan, adapter, quantizer, source)
+    for who in (*(s for s in suppressors if s.scope == "block"), *([quantizer] if quantizer.edits_blocks() else [])):
+        check_pairs(plan, adapter, who, source)
     text, c = source.config.get("text_config") or source.config, recipe.calibration
     tensors = {name: (info.dtype, info.shape) for name, info in source.tensors.items()}
     need = predict(plan, tensors, adapter.block_of, text["hidden_size"], c["num_samples"], c["max_length"],
-                   c["batch_size"], tuple(quantizer.needed_statistics()), source.dtype.itemsize)
+                   c["batch_size"], tuple({n for w in (quantizer, *suppressors) for n in w.needed_statistics()}),
+                   source.dtype.itemsize)
     return fit(need, recipe.max_memory)
 
-# %% ../nbs/calibrated.ipynb #d930dfb2
+# %% ../nbs/calibrated.ipynb #1f283a98
 def check_pairs(
     plan:Plan,               # What will be done
     adapter,                 # Of the model's family
-    quantizer,               # Configured
+    editor,                  # A method or a suppressor that edits blocks
     source:CheckpointSource, # The model
 ):
     "`UsageError` when the method needs smoothing pairs and the adapter names none."
-    if not quantizer.edits_blocks(): return
     if any(adapter.smoothing_pairs(source.config, block) for block in sorted({l.block for l in plan.quantized})): return
-    raise UsageError(f"{quantizer.name} needs smoothing pairs, and the adapter {adapter.model_type} names none for "
-                     f"model type {source.config.get('model_type')!r}; use gptq, or give an adapter whose "
+    instead = "use gptq" if hasattr(editor, "quantize_weight") else "leave it out"
+    raise UsageError(f"{editor.name} needs smoothing pairs, and the adapter {adapter.model_type} names none for "
+                     f"model type {source.config.get('model_type')!r}; {instead}, or give an adapter whose "
                      "smoothing_pairs names them")
 
-# %% ../nbs/calibrated.ipynb #bfc652d6
+# %% ../nbs/calibrated.ipynb #1a37a190
 WITHOUT_EFFECT = ("output_path", "model_path", "overwrite", "verify", "resume", "verbose", "max_memory", "device_map")
 
 def identity(
@@ -105,10 +109,11 @@ def identity(
 ) -> dict[str, Any]:          # Plain values
     "What a run must share with an interrupted one to go on with it."
     values = {key: entry["value"] for key, entry in recipe_to_dict(recipe).items() if key not in WITHOUT_EFFECT}
-    return values | {"model": fingerprint(source), "calibration": data.fingerprint, "device": torch.device(device).type,
-                     "llmquant": __version__, "torch": str(torch.__version__)}
+    return values | {"model": fingerprint(bare(source)), "calibration": data.fingerprint,
+                     "device": torch.device(device).type, "llmquant": __version__,
+                     "torch": str(torch.__version__)}
 
-# %% ../nbs/calibrated.ipynb #248b05ae
+# %% ../nbs/calibrated.ipynb #e15af387
 def calibrated_carry(
     recipe:Recipe, plan:Plan, adapter, quantizer, # What to do
     source:CheckpointSource,  # Where tensors come from
@@ -116,24 +121,34 @@ def calibrated_carry(
     need:MemoryNeed,          # Says whether hidden states are kept in files
     device:str,               # Where to compute
     facts:dict,               # For the report; filled
+    suppressors:tuple,        # Configured, of scope "block"
     sink,                     # An `ExportSink`
 ) -> list[LayerResult]:
     "Walk up the decoder and bring everything to the sink."
     journal = SimpleNamespace(done=sink.writer.journal.done, finish_block=sink.writer.finish_block)
-    blocks = for_checkpoint(source, adapter, device, compute_dtype(device, source.dtype, quantizer.edits_blocks()))
+    edits = quantizer.edits_blocks() or bool(suppressors)
+    blocks = for_checkpoint(source, adapter, device, compute_dtype(device, source.dtype, edits))
     storage = Storage(source.dtype, None if need.in_files else "cpu" if device == "cpu" else device,
                       sink.writer.journal.place)
     if journal.done: logger.info("going on at block %d of %d", len(journal.done), len(blocks))
-    walk = begin(plan, quantizer, blocks, data.tokens, recipe.calibration["batch_size"], storage, journal.done)
+    walk = begin(plan, quantizer, blocks, data.tokens, recipe.calibration["batch_size"], storage, journal.done,
+                 suppressors)
     words = []
     def tell(index, results): words[:] = spoken(index, results)
     shown = partial(progress, description="quantizing", unit="block", state=lambda: "".join(words))
     results = climb(walk, sink, source, partial(adapter.smoothing_pairs, source.config), journal, shown, tell)
+    tell_report(facts, walk, data, need)
+    return results
+
+def tell_report(facts:dict, walk, data:CalibrationData, need:MemoryNeed):
+    "Add what only the walk knows to what the report will say."
     facts |= {"calibration": {**data.facts, "fingerprint": data.fingerprint,
-                              "passes_over_each_block": round(walk.passes / max(len(blocks), 1), 3),
+                              "passes_over_each_block": round(walk.passes / max(len(walk.blocks), 1), 3),
                               "hidden_states": "in files" if need.in_files else "in memory"},
               "memory": {"predicted_peak_mib": need.peak >> 20}}
-    return results
+    if walk.suppressed:
+        blocks = {index: walk.suppressed[index] for index in sorted(walk.suppressed)}
+        facts["outlier_suppression"] = {**facts.get("outlier_suppression", {}), "blocks": blocks}
 
 # %% ../nbs/calibrated.ipynb #1b13f73f
 def spoken(index:int, results:list[LayerResult]) -> str:

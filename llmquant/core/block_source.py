@@ -29,14 +29,14 @@ class BlockSource:
 
     def __len__(self): return len(self.blocks)
 
-# %% ../../nbs/core/block_source.ipynb #f7b4eeca
+# %% ../../nbs/core/block_source.ipynb #96804fd9
 @patch
 def fill(self:BlockSource,
     module:nn.Module, # Somewhere in the model
     keep:Callable[[str], bool]=lambda name: True, # Which of its parameters, by their names in memory
 ):
     "Give a module real parameters of its own; `empty` takes them away again."
-    for path, part in module.named_modules():
+    for part in module.modules():
         where = self.names[id(part)]
         for name, parameter in list(part._parameters.items()):
             full = f"{where}.{name}" if where else name
@@ -138,6 +138,30 @@ def inputs(self:BlockSource,
         embedding._parameters["weight"] = table
         self.empty()
     return found
+
+# %% ../../nbs/core/block_source.ipynb #d58ed19c
+@patch
+@torch.no_grad()
+def logits(self:BlockSource,
+    tokens:Tensor,  # int64 [windows, tokens], as for `inputs`
+    hidden:Tensor,  # [windows, tokens, hidden_size]: what the last block gave
+) -> Tensor:        # [windows, tokens, vocabulary]
+    "What the final norm and the head make of the blocks' output; the head is filled for a moment."
+    decoder, embedding = self.model.get_decoder(), self.model.get_input_embeddings()
+    within = {id(part) for block in self.blocks for part in block.modules()} | {id(embedding)}
+    used, compact = tokens.unique(return_inverse=True)
+    table, last = self._lend_rows(embedding, used), self.blocks[-1]
+    last.forward = lambda *_, **__: hidden
+    for block in self.blocks[:-1]: block.forward = lambda hidden, *_, **__: hidden
+    try:
+        for module in decoder.modules():
+            if id(module) not in within: self._fill_own(module)
+        self.fill(self.model.get_output_embeddings())
+        return self.model(input_ids=compact.to(self.device), use_cache=False).logits
+    finally:
+        for block in self.blocks: del block.forward
+        embedding._parameters["weight"] = table
+        self.empty()
 
 # %% ../../nbs/core/block_source.ipynb #b95db7ce
 @patch

@@ -109,7 +109,7 @@ def edited_values(self:BlockWalk,
                 values[f"{name}.{kind}"] = parameter.detach().clone()
     return values
 
-# %% ../../nbs/core/decoder_walk.ipynb #e8149820
+# %% ../../nbs/core/decoder_walk.ipynb #6dd3e0f8
 def climb(
     walk:BlockWalk,                # From `begin`
     sink,                          # Takes results: see the Walk page
@@ -133,12 +133,13 @@ def climb(
         results += deliver(plan, found, values, sink)
         if source is not None: pass_on(plan, [n for n in of_block.get(index, []) if n not in values], source, sink)
         if journal is not None:
-            journal.finish_block(index, record_of(walk, index, found, {n: sink.edited[n] for n in values}))
+            edited = {n: sink.edited[n] for n in of_block.get(index, []) if n in sink.edited}
+            journal.finish_block(index, record_of(walk, index, found, edited))
         for activations in used: activations.drop()
         tell(index, [result for _, result in found])
     return results
 
-# %% ../../nbs/core/decoder_walk.ipynb #f25d6d74
+# %% ../../nbs/core/decoder_walk.ipynb #d24f933a
 def by_block(plan:Plan, adapter) -> dict[int|None, list[str]]:
     "Names of kept tensors by the block they are in; None for those outside."
     found = {}
@@ -150,7 +151,8 @@ def pass_on(plan:Plan, names:Iterable[str], source, sink):
     for name in names:
         tensor = source.tensor(name)
         check_finite(name, tensor, infinite=True)
-        sink.keep(name, cast(name, tensor, plan.kept[name][0]))
+        take = sink.edit if name in getattr(source, "edited", ()) else sink.keep
+        take(name, cast(name, tensor, plan.kept[name][0]))
 
 def deliver(plan:Plan, found:list, values:dict[str, Tensor], sink) -> list[LayerResult]:
     "Hand a block's results to the sink, from the CPU."

@@ -64,17 +64,17 @@ class BaseOutlierSuppressor:
         "Model families it was made for; 'general' means any."
         return ["general"]
 
-# %% ../../nbs/core/outlier_suppression_registry.ipynb #ef60623b
+# %% ../../nbs/core/outlier_suppression_registry.ipynb #de986c30
+HOOKS = ("apply_to_pair", "apply_to_block", "present", "apply")
+
 def own_apply(
     suppressor, # A suppressor or its class
 ) -> bool:
-    "Whether it edits a model in memory by an `apply` of its own, as the guide's classes do."
+    "Whether all it has is an `apply` of its own, as the guide's classes do."
     cls = suppressor if isinstance(suppressor, type) else type(suppressor)
-    return cls.apply is not BaseOutlierSuppressor.apply
+    return all(getattr(cls, hook) is getattr(BaseOutlierSuppressor, hook) for hook in HOOKS[:3])
 
-# %% ../../nbs/core/outlier_suppression_registry.ipynb #ce61758c
-HOOKS = ("apply_to_pair", "apply_to_block", "present", "apply")
-
+# %% ../../nbs/core/outlier_suppression_registry.ipynb #3a587b7d
 def _check_suppressor(name:str, cls:type):
     "Refuse a class that could suppress nothing."
     if not issubclass(cls, BaseOutlierSuppressor):

@@ -164,7 +164,7 @@ def cast(
                          f"{dtype_name(dtype)}; set model.torch_dtype to bfloat16")
     return result
 
-# %% ../../nbs/core/walk.ipynb #b4fb6732
+# %% ../../nbs/core/walk.ipynb #8fe16314
 def walk(
     plan:Plan,          # What to do
     quantizer,          # A configured quantizer
@@ -180,7 +180,8 @@ def walk(
         tensor = source.tensor(name)
         if name not in layers:
             check_finite(name, tensor, infinite=True)
-            sink.keep(name, cast(name, tensor, plan.kept[name][0]))
+            take = sink.edit if name in getattr(source, "edited", ()) else sink.keep
+            take(name, cast(name, tensor, plan.kept[name][0]))
             continue
         quantized, result = quantize_layer(quantizer, layers[name], tensor, device)
         sink.put(layers[name], quantized, result)
