@@ -13,6 +13,17 @@ from llmquant.core.block_walk import BlockWalk
 from llmquant.core.model_registry import ModelRegistry
 from llmquant.core.plan import make_plan
 from llmquant.core.quantizer_registry import BaseQuantizer
+from llmquant.models.layernorm_adapters import GPTNeoXAdapter, OPTAdapter
+
+
+LAYERNORM = {"gpt_neox": GPTNeoXAdapter, "opt": OPTAdapter}
+
+
+def adapter_of(model):
+    "An adapter for a model in memory."
+    config = model.config.to_dict()
+    kind = config["model_type"]
+    return LAYERNORM[kind]() if kind in LAYERNORM else ModelRegistry.for_config(config)
 
 
 class Measuring(BaseQuantizer):
@@ -25,7 +36,7 @@ class Measuring(BaseQuantizer):
 
 def walk_over(model, tokens, wanted=("maxima", "range"), batch_size=2, bits=8, group_size=-1, symmetric=True):
     "A walk in front of the first block of a model in memory."
-    adapter, quantizer = ModelRegistry.for_config(model.config.to_dict()), Measuring()
+    adapter, quantizer = adapter_of(model), Measuring()
     quantizer.wanted = wanted
     tensors = {name: (t.dtype, tuple(t.shape)) for name, t in adapter.checkpoint_tensors(model).items()}
     plan = make_plan(adapter, model.config.to_dict(), tensors, model.dtype, quantizer, bits, group_size)

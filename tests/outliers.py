@@ -10,16 +10,14 @@ Nothing else is touched: not the residual stream, not what stands between v and 
 on such a model says how well a method deals with outliers of this one kind, and says so beside the figure.
 """
 import torch
+from block_views import adapter_of
 from torch import nn
-
-from llmquant.core.model_registry import ModelRegistry
 
 
 @torch.no_grad()
 def inject_outliers(model: nn.Module, channels: list[int], factor: float) -> nn.Module:
     "Make the given channels `factor` times as large behind every norm that a Linear of its block reads; in place."
-    config = model.config.to_dict()
-    adapter = ModelRegistry.for_config(config)
+    config, adapter = model.config.to_dict(), adapter_of(model)
     find, found = model.get_submodule, 0
     for block in range(len(adapter.get_layers(model))):
         for pair in adapter.smoothing_pairs(config, block):

@@ -1,0 +1,265 @@
+"""SmoothQuant and Outlier Suppression+ on tiny models: the function stays, outliers shrink, mistakes are named."""
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from block_views import suppress, view_of, walk_over
+from outliers import inject_outliers
+
+from llmquant.core.activation_scheme import ActivationScheme
+from llmquant.core.errors import UsageError
+from llmquant.core.smoothing import SmoothingPair
+from llmquant.outlier_suppression.outlier_suppression_v2 import OutlierSuppressionV2
+from llmquant.outlier_suppression.smooth_quant import SmoothQuantSuppressor
+
+TOKENS = torch.randint(3, 512, (4, 48), generator=torch.Generator().manual_seed(0))
+A8 = ActivationScheme()
+LITE = {"deepseek_v2": dict(q_lora_rank=None), "deepseek_v3": dict()}
+MAKERS = {"fixed": lambda: SmoothQuantSuppressor().configure({"alpha": .6}),
+          "norms": lambda: SmoothQuantSuppressor().configure({"folding": "norms"}),
+          "auto": lambda: SmoothQuantSuppressor().configure({"auto_alpha": True}),
+          "plus": lambda: OutlierSuppressionV2().configure({})}
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad(): yield
+
+
+def moved(after, before): return float((after - before).norm() / before.norm())
+
+
+def facts_of(view, name): return view.notes[name]["pairs"]
+
+
+def suppressed(kind, maker, tie=False, **changes):
+    "A tiny model with outliers, what it computed before and after, and the views."
+    model = inject_outliers(tiny.build(kind, torch.float32, tie=tie, **changes), [5, 33], 24.)
+    before, suppressor = model(TOKENS).logits, MAKERS[maker]()
+    if maker == "plus": suppressor._ensure_vllm_compatibility(model)
+    views = suppress(model, suppressor, TOKENS, A8)
+    return model, before, model(TOKENS).logits, views, suppressor
+
+
+@pytest.mark.parametrize("tie", (False, True))
+@pytest.mark.parametrize("kind", ("llama", "qwen2", "qwen3", "opt", "gpt_neox"))
+@pytest.mark.parametrize("maker", MAKERS)
+def test_logits_stay(kind, maker, tie):
+    model, before, after, views, suppressor = suppressed(kind, maker, tie)
+    assert 0 < moved(after, before) <= 1e-5
+    for view in views:
+        norms = [pair for pair in view.pairs if "norm" in pair.producer]
+        pairs = norms if maker == "norms" else view.pairs
+        assert set(facts_of(view, suppressor.name)) == {pair.producer for pair in pairs}
+        assert view.edited == {name for pair in pairs for name in (pair.producer, *pair.consumers)}
+
+
+@pytest.mark.parametrize("kind", ("qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3"))
+@pytest.mark.parametrize("maker", ("fixed", "plus"))
+def test_mixtures_and_latent_attention(kind, maker):
+    _, before, after, views, _ = suppressed(kind, maker, **LITE.get(kind, {}))
+    assert moved(after, before) <= 1e-5 and all(view.edited for view in views)
+
+
+@pytest.mark.parametrize("kind", ("llama", "qwen2", "opt", "gpt_neox"))
+@pytest.mark.parametrize("maker", ("fixed", "plus"))
+def test_statistics_follow(kind, maker):
+    "The numbers that an edit leaves behind are those that measuring again finds."
+    model, suppressor = inject_outliers(tiny.build(kind, torch.float32), [5], 24.), MAKERS[maker]()
+    if maker == "plus": suppressor._ensure_vllm_compatibility(model)
+    walk = walk_over(model, TOKENS)
+    block, view = view_of(walk, 1, activations=A8)
+    suppressor.apply_to_block(view)
+    groups = walk.find_groups(1, block, {name: view.module(name) for name in view.plans})
+    again = walk.measure(1, block, {names[0]: view.module(names[0]) for names in groups})
+    for names in groups:
+        told = view.stats[names[0]]
+        assert all(view.stats[name] is told for name in names)
+        for what in ("low", "high", "maxima"):
+            seen = getattr(again[names[0]], what)
+            off = (getattr(told, what) - seen).abs().max() / again[names[0]].maxima.max()
+            assert off < 1e-3, (names[0], what)
+
+
+def test_who_gets_a_shift():
+    "Shift and scale where both sides have biases, scale only elsewhere, with the reason."
+    expected = {"opt": {"self_attn_layer_norm", "final_layer_norm", "v_proj"}, "llama": {"v_proj"}, "qwen2": set(),
+                "gpt_neox": {"input_layernorm", "post_attention_layernorm"}, "qwen3": set()}
+    for kind, shifted in expected.items():
+        for view in suppressed(kind, "plus")[3]:
+            facts = facts_of(view, "outlier_suppression_v2")
+            found = {name.rpartition(".")[2] for name, f in facts.items() if f["edit"] == "shift and scale"}
+            assert found == shifted, kind
+            assert all(("reason" in f) == (f["edit"] == "scale only") for f in facts.values())
+
+
+def test_injected_outliers_change_nothing_but_activations():
+    for kind in "llama", "opt":
+        plain, loud = tiny.build(kind, torch.float32), inject_outliers(tiny.build(kind, torch.float32), [5, 33], 64.)
+        assert moved(loud(TOKENS).logits, plain(TOKENS).logits) < 1e-6
+        maxima = [view_of(walk_over(model, TOKENS))[1].stats for model in (plain, loud)]
+        name = next(n for n in maxima[0] if n.endswith("q_proj"))
+        ratio = maxima[1][name].maxima / maxima[0][name].maxima
+        assert torch.allclose(ratio[[5, 33]], torch.tensor(64.)) and torch.allclose(ratio[:5], torch.ones(5), rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ("llama", "qwen3", "opt", "gpt_neox"))
+@pytest.mark.parametrize("maker", MAKERS)
+def test_outliers_stop_hurting(kind, maker):
+    "The error that outliers bring is taken away again, seen by inputs of 6 bits on the block's output."
+    errors = []
+    for loud in False, True:
+        model = tiny.build(kind, torch.float32)
+        if loud: inject_outliers(model, [5, 33], 64.)
+        walk = walk_over(model, TOKENS)
+        _, view = view_of(walk, 1, activations=ActivationScheme(bits=6))
+        reference = view.outputs(2)
+        errors.append(view.error(reference, 2))
+        if loud:
+            MAKERS[maker]().apply_to_block(view)
+            errors.append(view.error(reference, 2))
+        walk.blocks.empty()
+    quiet, hurt, healed = errors
+    assert hurt > 4 * quiet and healed < 2 * quiet
+
+
+def test_a_shift_helps_where_channels_lie_far_away():
+    model = tiny.build("opt", torch.float32)
+    for layer in model.model.decoder.layers: layer.self_attn_layer_norm.bias[[3, 50, 90]] += 25.
+    found = {}
+    for maker in "fixed", "plus":
+        walk = walk_over(model, TOKENS)
+        _, view = view_of(walk, 1, activations=ActivationScheme(bits=6))
+        reference = view.outputs(2)
+        before = view.error(reference, 2)
+        MAKERS[maker]().apply_to_block(view)
+        found[maker] = view.error(reference, 2) / before
+        stats = view.stats["model.decoder.layers.1.self_attn.q_proj"]
+        walk.blocks.empty()
+    assert found["plus"] < .7 * found["fixed"] < .7
+    assert float((stats.high + stats.low).abs().max()) < 1e-3 * float(stats.maxima.max())
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+@pytest.mark.parametrize("kind", ("llama", "opt", "qwen2"))
+def test_half_precision(kind, dtype):
+    "What is stored in 16 bits is representable there, and the function stays within what the walk allows."
+    model = inject_outliers(tiny.build(kind, dtype).float(), [5, 33], 32.)
+    before = model(TOKENS).logits
+    suppressor = OutlierSuppressionV2()
+    suppressor._ensure_vllm_compatibility(model)
+    views = suppress(model, suppressor, TOKENS, A8, dtype=dtype)
+    assert moved(model(TOKENS).logits, before) < 3e-4
+    for view in views:
+        for name in view.edited:
+            for p in model.get_submodule(name).parameters():
+                if p.dim() == 1: assert torch.allclose(p, p.to(dtype).float(), rtol=1e-5, atol=1e-8), name
+    reasons = [f.get("reason", "") for view in views for f in facts_of(view, suppressor.name).values()]
+    if dtype == torch.bfloat16 and kind == "opt":
+        assert any("biases in bfloat16 would change the block" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_a_dead_channel_keeps_its_size(maker):
+    model = tiny.build("llama", torch.float32)
+    for layer in model.model.layers:
+        layer.input_layernorm.weight[9] = 0
+        layer.self_attn.q_proj.weight[:, 11] = 0
+        layer.self_attn.k_proj.weight[:, 11] = 0
+        layer.self_attn.v_proj.weight[:, 11] = 0
+    before = model(TOKENS).logits
+    suppress(model, MAKERS[maker](), TOKENS, A8)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert model.model.layers[0].input_layernorm.weight[9] == 0
+    assert moved(model(TOKENS).logits, before) <= 1e-5
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_a_second_suppression(maker):
+    "The function stays once more; SmoothQuant's factors are all 1."
+    model, before, _, _, suppressor = suppressed("llama", maker)
+    views = suppress(model, suppressor, TOKENS, A8)
+    assert moved(model(TOKENS).logits, before) <= 1e-5
+    if maker != "fixed": return
+    for facts in facts_of(views[0], "smooth_quant").values():
+        assert abs(facts["smallest_factor"] - 1) < 5e-3 and abs(facts["largest_factor"] - 1) < 5e-3
+
+
+@pytest.mark.parametrize("maker", ("fixed", "plus"))
+def test_a_consumer_in_float_gets_powers_of_two(maker):
+    walk = walk_over(inject_outliers(tiny.build("llama", torch.float32), [5], 24.), TOKENS)
+    block, view = view_of(walk, drop=("k_proj",), activations=A8, dtype=torch.float16)
+    key = view.module("model.layers.0.self_attn.k_proj").weight
+    old, before = key.clone(), walk.run(0, block, walk.stream, 0)
+    MAKERS[maker]().apply_to_block(view)
+    factors = (key / old).nanmedian(0).values
+    assert (factors != 1).any() and (factors.log2() - factors.log2().round()).abs().max() < 5e-3
+    assert moved(walk.run(0, block, walk.stream, 0), before) < 1e-5
+    walk.blocks.empty()
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_the_walk_holds_them_to_it(maker):
+    suppressor = MAKERS[maker]()
+    walk = walk_over(inject_outliers(tiny.build("qwen2", torch.float32), [5], 24.), TOKENS)
+    walk.suppressors = (suppressor,)
+    block, view = view_of(walk, activations=A8)
+    groups = walk.find_groups(0, block, {name: view.module(name) for name in view.plans})
+    leaders = {names[0]: view.module(names[0]) for names in groups}
+    edited = walk.suppress(0, block, view.plans, leaders, groups, view.pairs)
+    facts = walk.suppressed[0][suppressor.name]
+    assert facts["change"] < 1e-5 and set(facts["edited"]) == edited and facts["pairs"]
+    half = tuple(replace(pair, consumers=pair.consumers[:1]) for pair in view.pairs)
+    if maker in ("auto", "plus"): # a search sees that forgetting a consumer costs more than it brings
+        walk.suppress(0, block, view.plans, leaders, groups, half)
+        assert walk.suppressed[0][suppressor.name]["change"] < 1e-5
+    else: _refused(walk, block, view, leaders, groups, half)
+    walk.blocks.empty()
+
+
+def _refused(walk, block, view, leaders, groups, half):
+    with pytest.raises(UsageError, match="changed its function"):
+        walk.suppress(0, block, view.plans, leaders, groups, half)
+
+
+def test_nothing_to_gain_is_no_error():
+    "A block in which no threshold helps is edited all the same, by factors of 1."
+    walk = walk_over(tiny.build("llama", torch.float32), TOKENS)
+    _, view = view_of(walk)
+    view.error = lambda reference, batches=1: 0.
+    OutlierSuppressionV2().apply_to_block(view)
+    assert view.edited and all(f["threshold"] is None for f in facts_of(view, "outlier_suppression_v2").values())
+    walk.blocks.empty()
+
+
+@pytest.mark.parametrize("maker", ("fixed", "plus"))
+def test_bad_input_is_named(maker):
+    suppressor, walk = MAKERS[maker](), walk_over(tiny.build("llama", torch.float32), TOKENS)
+    at = "model.layers.0"
+    cases = {(): f"{suppressor.name}: no smoothing pairs are known for block 0",
+             (SmoothingPair(f"{at}.norm", (f"{at}.self_attn.q_proj",)),): r"norm -> .*q_proj does not match block 0",
+             (SmoothingPair(f"{at}.input_layernorm", (f"{at}.mlp.down_proj",)),): "down_proj reads 256 channels, but"}
+    for pairs, message in cases.items():
+        _, view = view_of(walk, pairs=pairs)
+        with pytest.raises(UsageError, match=message): suppressor.apply_to_block(view)
+        assert not view.edited
+        walk.blocks.empty()
+    _, view = view_of(walk)
+    for stats in view.stats.values(): stats.maxima.zero_()
+    with pytest.raises(UsageError, match="is zero after 192 calibration tokens"): suppressor.apply_to_block(view)
+    walk.blocks.empty()
+
+
+@pytest.mark.parametrize("alpha", (-.1, 1.01, float("nan"), "0.5", True))
+def test_alpha_outside_its_range(alpha):
+    with pytest.raises(UsageError, match="quantization.smooth_quant.alpha"):
+        SmoothQuantSuppressor().configure({"alpha": alpha})
+
+
+@pytest.mark.parametrize("kind", ("gemma2", "olmo2", "phi3"))
+def test_models_without_pairs(kind):
+    walk = walk_over(tiny.build(kind, torch.float32), TOKENS)
+    _, view = view_of(walk)
+    with pytest.raises(UsageError, match="no smoothing pairs are known"): SmoothQuantSuppressor().apply_to_block(view)
+    walk.blocks.empty()
