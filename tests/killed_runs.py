@@ -33,7 +33,8 @@ def main(path: str, out: str, kills: int, seed: int, keys: dict) -> dict:
     def work(): quantize(path, out, **keys)
 
     start = time.monotonic()
-    if os.waitpid(fork(lambda: quantize(path, f"{out}-timed", **keys)), 0)[1]: raise SystemExit("the run fails by itself")
+    if os.waitpid(fork(lambda: quantize(path, f"{out}-timed", **keys)), 0)[1]:
+        raise SystemExit("the run fails by itself")
     whole, draw, killed, finished = time.monotonic() - start, random.Random(seed), 0, 0
     while killed < kills:
         pid = fork(work)

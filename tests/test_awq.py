@@ -59,8 +59,8 @@ def view_of(walk, index=0, drop=(), dtype=torch.float16, pairs=None):
     return block, BlockView(index, dtype, plans, stats, pairs, find), groups
 
 
-@pytest.mark.parametrize("kind,index", [("llama", 0), ("qwen2", 1), ("qwen2_moe", 0), ("qwen2_moe", 1), ("deepseek_v3", 1),
-                                        ("deepseek_v2", 0)])
+@pytest.mark.parametrize("kind,index", [("llama", 0), ("qwen2", 1), ("qwen2_moe", 0), ("qwen2_moe", 1),
+                                        ("deepseek_v3", 1), ("deepseek_v2", 0)])
 def test_function_stays_and_statistics_follow(kind, index):
     walk = walk_over(loud(kind, **LITE.get(kind, {})))
     block, view, groups = view_of(walk, index)
@@ -127,7 +127,8 @@ def test_a_producer_in_float_stays_representable():
     pair = next(p for p in view.pairs if p.producer == name)
     walk.quantizer.smooth_pair(view, pair)
     value = view.module(name).weight
-    assert torch.equal(torch.where(value.abs() > 1e-3, value, 0), torch.where(value.abs() > 1e-3, value, 0).half().float())
+    normal = torch.where(value.abs() > 1e-3, value, 0)  # smaller ones may be subnormal in float16
+    assert torch.equal(normal, normal.half().float())
     assert name in view.edited
     walk.blocks.empty()
 
@@ -145,7 +146,8 @@ def test_errors_name_the_pair_and_the_adapters():
     walk = walk_over(loud("llama"))
     pair = SmoothingPair("model.layers.0.input_norm", ("model.layers.0.self_attn.q_proj",))
     _, view, _ = view_of(walk, pairs=(pair,))
-    with pytest.raises(UsageError, match=r"smoothing pair model\.layers\.0\.input_norm -> .*q_proj does not match block 0"):
+    said = r"smoothing pair model\.layers\.0\.input_norm -> .*q_proj does not match block 0"
+    with pytest.raises(UsageError, match=said):
         walk.quantizer.prepare_block(view)
     view.pairs = ()
     with pytest.raises(UsageError, match="no smoothing pairs are known for block 0.*deepseek, llama, qwen"):

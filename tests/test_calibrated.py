@@ -69,8 +69,8 @@ def test_both_doors_give_the_same_codes(checkpoints, tmp_path, kind, method, opt
 def test_a_killed_run_goes_on_and_ends_the_same(checkpoints, tmp_path, method, kills):
     path, out = checkpoints("llama", 6), tmp_path / "out"
     keys = {**KEYS, "method": method, "bits": 4, "group_size": 32, "max_shard_size": "1MB"}
-    done = subprocess.run([sys.executable, Path(__file__).with_name("killed_runs.py"), path, out, str(kills), "1", json.dumps(keys)],
-                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [sys.executable, Path(__file__).with_name("killed_runs.py"), path, out, str(kills), "1", json.dumps(keys)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["killed"] == kills
     assert bytes_of(out) == bytes_of(Path(f"{out}-timed")) and len(bytes_of(out)) > 2
@@ -94,18 +94,23 @@ def stopped(monkeypatch, path, out, behind, **keys):
 def test_another_recipe_does_not_go_on(checkpoints, tmp_path, monkeypatch):
     path, out = checkpoints("llama", 6), tmp_path / "out"
     stopped(monkeypatch, path, out, 3, bits=4, group_size=32)
-    with pytest.raises(UsageError, match="bits: 4 there, 3 here.*--no-resume"): quantize(path, out, "gptq", bits=3, group_size=32, **KEYS)
-    with pytest.raises(UsageError, match="model: "): quantize(checkpoints("qwen3", 6), out, "gptq", bits=4, group_size=32, **KEYS)
+    with pytest.raises(UsageError, match="bits: 4 there, 3 here.*--no-resume"):
+        quantize(path, out, "gptq", bits=3, group_size=32, **KEYS)
+    with pytest.raises(UsageError, match="model: "):
+        quantize(checkpoints("qwen3", 6), out, "gptq", bits=4, group_size=32, **KEYS)
     report = quantize(path, out, "gptq", bits=3, group_size=32, resume=False, **KEYS)
     assert len(report["layers"]) == 42 and report["scheme"]["bits"] == 3
 
 
 def test_target_layers_and_overrides(checkpoints, tmp_path):
-    overrides = [{"match": r".*\.down_proj", "bits": 8}, {"match": r".*\.2\..*up_proj|.*\.2\..*gate_proj", "skip": True}]
-    report = quantize(checkpoints("llama", 6), tmp_path / "out", "gptq", bits=4, group_size=32, layers=[1, 2], overrides=overrides, **KEYS)
+    overrides = [{"match": r".*\.down_proj", "bits": 8},
+                 {"match": r".*\.2\..*up_proj|.*\.2\..*gate_proj", "skip": True}]
+    report = quantize(checkpoints("llama", 6), tmp_path / "out", "gptq", bits=4, group_size=32, layers=[1, 2],
+                      overrides=overrides, **KEYS)
     layers = report["layers"]
     assert len(layers) == 12 and "model.layers.2.mlp.up_proj" not in layers
-    assert {name for name, layer in layers.items() if layer["scheme"].startswith("W8")} == {f"model.layers.{i}.mlp.down_proj" for i in (1, 2)}
+    in_8_bits = {name for name, layer in layers.items() if layer["scheme"].startswith("W8")}
+    assert in_8_bits == {f"model.layers.{i}.mlp.down_proj" for i in (1, 2)}
     assert report["calibration"]["passes_over_each_block"] < 2  # nothing runs behind the last quantized block
 
 
@@ -119,7 +124,8 @@ def test_a_broken_block_is_named(checkpoints, tmp_path, damage, says):
     tensors["model.layers.1.mlp.up_proj.weight"][:] = damage
     tensors["model.layers.1.mlp.gate_proj.weight"][:] = damage
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UsageError, match=says) as error: quantize(path, tmp_path / "out", "gptq", bits=4, group_size=32, **KEYS)
+    with pytest.raises(UsageError, match=says) as error:
+        quantize(path, tmp_path / "out", "gptq", bits=4, group_size=32, **KEYS)
     assert "layers.1" in str(error.value) or "block 1" in str(error.value)
 
 
@@ -133,18 +139,18 @@ def test_a_ceiling_is_kept_or_refused(checkpoints, tmp_path):
 
 
 def test_self_writes_its_own_text(checkpoints, tmp_path):
-    first, second = (quantize(checkpoints("llama"), tmp_path / name, "gptq", bits=4, group_size=32, **{**KEYS, "calibration.dataset": "self"})
-                     for name in ("a", "b"))
-    assert first["calibration"]["fingerprint"] == second["calibration"]["fingerprint"]
-    other = quantize(checkpoints("llama"), tmp_path / "c", "gptq", bits=4, group_size=32, seed=1, **{**KEYS, "calibration.dataset": "self"})
-    assert other["calibration"]["fingerprint"] != first["calibration"]["fingerprint"]
+    keys = {**KEYS, "calibration.dataset": "self", "bits": 4, "group_size": 32}
+    first, again, other = (quantize(checkpoints("llama"), tmp_path / name, "gptq", seed=seed, **keys)["calibration"]
+                           for name, seed in (("a", 0), ("b", 0), ("c", 1)))
+    assert first["fingerprint"] == again["fingerprint"] != other["fingerprint"]
 
 
 def test_awq_asks_for_pairs_before_any_work(checkpoints, tmp_path):
-    with pytest.raises(UsageError, match="awq needs smoothing pairs, and the adapter default names none for model type 'gemma2'"):
+    said = "awq needs smoothing pairs, and the adapter default names none for model type 'gemma2'"
+    with pytest.raises(UsageError, match=said):
         quantize(checkpoints("gemma2"), tmp_path / "out", "awq", bits=4, group_size=32, **KEYS)
     assert not (tmp_path / "out").exists()
-    clipped = {"quantization": {"awq": {"n_grid": 0}}} # clipping alone needs no pairs
+    clipped = {"quantization": {"awq": {"n_grid": 0}}}  # clipping alone needs no pairs
     for name, method, config in ("a", "gptq", None), ("b", "awq", clipped):
         report = quantize(checkpoints("gemma2"), tmp_path / name, method, bits=4, group_size=32, config=config, **KEYS)
         assert len(report["layers"]) == 14

@@ -10,8 +10,8 @@ from llmquant.core.quant_linear import QuantLinear
 from llmquant.core.quantizer_registry import QuantizerRegistry
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-METHODS = {"minmax": {}, "gptq": {}, "gptq, true_sequential": {"true_sequential": True}, "gptq, order": {"desc_act": True},
-           "awq": {}, "hqq": {}, "hqq, float zeros": {"float_zeros": True}}
+METHODS = {"minmax": {}, "gptq": {}, "gptq, true_sequential": {"true_sequential": True},
+           "gptq, order": {"desc_act": True}, "awq": {}, "hqq": {}, "hqq, float zeros": {"float_zeros": True}}
 
 
 def errors(name, device):
@@ -19,7 +19,8 @@ def errors(name, device):
     quantizer, model = QuantizerRegistry.get(name.split(",")[0])(), tiny.build("llama", torch.float32).to(device)
     tokens = torch.randint(3, 512, (8, 64), generator=torch.Generator().manual_seed(0))
     config = {**METHODS[name], **({} if quantizer.data_free else {"calibration": {"batch_size": 4}})}
-    quantizer.quantize(model, bits=4, group_size=32, calibration_data=None if quantizer.data_free else tokens, config=config)
+    quantizer.quantize(model, bits=4, group_size=32, calibration_data=None if quantizer.data_free else tokens,
+                       config=config)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
     assert all(m.qweight.device.type == device for m in layers.values())
     return {n: m.relative_error for n, m in layers.items()}

@@ -7,7 +7,6 @@ found (see texts.py), the tests that need it are skipped and say so.
 import copy
 import dataclasses
 import importlib.util
-from pathlib import Path
 
 import plain_minmax
 import pytest

@@ -252,7 +252,8 @@ def test_options_and_layout():
     assert GPTQQuantizer().preferred_format(odd) == "compressed_tensors"
     channel = QuantScheme(bits=8, symmetric=True, granularity="channel", group_size=0)
     assert GPTQQuantizer().preferred_format(channel) == "gptq"
-    for options, message in (({"damp": 1}, "unknown option; known: symmetric, damp_percent"), ({"propagate": 1.5}, "between 0.0 and 1.0"),
+    for options, message in (({"damp": 1}, "unknown option; known: symmetric, damp_percent"),
+                             ({"propagate": 1.5}, "between 0.0 and 1.0"),
                              ({"dynamic_range": "percentile"}, "minmax, mse"), ({"desc_act": "yes"}, "auto")):
         with pytest.raises(UsageError, match=message):
             GPTQQuantizer().configure(options)

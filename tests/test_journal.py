@@ -81,6 +81,9 @@ def fork(work):
     os._exit(0)
 
 
+def fork_export(folder): return fork(lambda: export(folder / "out"))
+
+
 def ended(child): return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
@@ -117,6 +120,14 @@ def kill_at(count, half):
         setattr(os, name, lethal(getattr(os, name)))
 
 
+def killed_export(folder, count, half):
+    "How an export ends that is killed at its `count`-th change of the disk."
+    def work():
+        kill_at(count, half)
+        export(folder / "out")
+    return ended(fork(work))
+
+
 @pytest.mark.parametrize("half", [False, True], ids=["before", "within"])
 def test_killed_at_every_change_of_the_disk(tmp_path, reference, half, monkeypatch):
     "Not at random moments but at all of them: between any two changes of the disk, and halfway through each write."
@@ -125,10 +136,7 @@ def test_killed_at_every_change_of_the_disk(tmp_path, reference, half, monkeypat
     for count in range(1000):
         folder = tmp_path / str(count)
         folder.mkdir()
-        def work():
-            kill_at(count, half)
-            export(folder / "out")
-        status = ended(fork(work))
+        status = killed_export(folder, count, half)
         assert status in (0, -signal.SIGKILL)
         started.add(goes_on(folder, reference))
         if status == 0: break
@@ -139,12 +147,12 @@ def test_killed_at_every_change_of_the_disk(tmp_path, reference, half, monkeypat
 def test_killed_at_random_moments(tmp_path, reference):
     "20 kills whenever the clock says, each followed by the same command."
     moments, start = random.Random(0), time.perf_counter()
-    assert ended(fork(lambda: export(tmp_path / "whole/out"))) == 0
+    assert ended(fork_export(tmp_path / "whole")) == 0
     lasts, killed = time.perf_counter() - start, 0
     for number in range(200):
         folder = tmp_path / str(number)
         folder.mkdir()
-        child = fork(lambda: export(folder / "out"))
+        child = fork_export(folder)
         time.sleep(moments.uniform(0, lasts))
         os.kill(child, signal.SIGKILL)
         killed += ended(child) == -signal.SIGKILL
@@ -155,12 +163,11 @@ def test_killed_at_random_moments(tmp_path, reference):
 
 def test_killed_again_and_again(tmp_path, reference):
     "A run that never gets further than one more block still comes to its end."
-    for kills in range(20):
-        def work():
-            start = finished_blocks(tmp_path)
-            export(tmp_path / "out", stop=lambda block: block == start + 1 and os.kill(os.getpid(), signal.SIGKILL))
-        if ended(fork(work)) == 0: break
-    assert kills == BLOCKS
+    def work():
+        start = finished_blocks(tmp_path)
+        export(tmp_path / "out", stop=lambda block: block == start + 1 and os.kill(os.getpid(), signal.SIGKILL))
+
+    assert next(kills for kills in range(20) if ended(fork(work)) == 0) == BLOCKS
     assert content(tmp_path / "out") == reference and left(tmp_path) == ["out"]
 
 

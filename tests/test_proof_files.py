@@ -130,9 +130,9 @@ def test_wrong_references(folder, tmp_path):
         return target
     weight, norm = f"{LAYER}.weight", "model.norm.weight"
     for i, name in enumerate((weight, norm)):
-        gone = reference(f"gone{i}", lambda t: t.pop(name))
+        gone = reference(f"gone{i}", lambda t, name=name: t.pop(name))
         assert f"tensor {name}: the reference has none" in message(ProofError, folder/"awq", gone)
-        other = reference(f"other{i}", lambda t: t.update({name: torch.zeros(3, 5)}))
+        other = reference(f"other{i}", lambda t, name=name: t.update({name: torch.zeros(3, 5)}))
         assert f"tensor {name}: is " in message(ProofError, folder/"awq", other)
     more = reference("more", lambda t: t.update(more=torch.zeros(2)))
     assert "tensor more: is not in the export" in message(ProofError, folder/"awq", more)

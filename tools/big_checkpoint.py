@@ -2,7 +2,8 @@
 
     big_checkpoint.py FOLDER [--like 8b] [--layers 13] [--shard-bytes 1000000000]
 
-`--like 3b` has the shapes of a small Llama 3.2: 28 layers, 3.2 billion parameters, the output head tied to the embedding.
+`--like 3b` has the shapes of a small Llama 3.2: 28 layers, 3.2 billion parameters, the output head tied to the
+embedding.
 
 Weights are one block of random numbers, repeated; so it is written as fast as the disk takes it.
 """
@@ -32,7 +33,8 @@ CONFIG = {
     "eos_token_id": 2,
 }
 
-SMALL = {"vocab_size": 128256, "hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 24, "tie_word_embeddings": True}
+SMALL = {"vocab_size": 128256, "hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 24,
+         "tie_word_embeddings": True}
 LIKE = {"8b": (CONFIG, 13), "3b": (CONFIG | SMALL, 28)}
 
 

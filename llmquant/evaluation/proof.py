@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'DTYPES', 'EDITED', 'BFLOAT16_ONLY', 'BOUNDS', 'ROUTED', 'layer_at', 'steps_moved', 'float_scales',
            'original', 'check_layers', 'check_floats', 'was_edited', 'check_files', 'teacher_tokens', 'serving_dtype',
-           'quantizes_inputs', 'bound_on_kl', 'forced_logits', 'divergences', 'noisy', 'judged_positions', 'serve',
+           'inputs_quantized', 'bound_on_kl', 'forced_logits', 'divergences', 'noisy', 'judged_positions', 'serve',
            'check_vllm', 'summary', 'as_known', 'prove', 'verify']
 
 # %% ../../nbs/evaluation/proof.ipynb #21f78779
@@ -164,7 +164,7 @@ def teacher_tokens(export: Path,      # folder, with or without a tokenizer
     stride = len(ids) // prompts
     return [ids[i * stride:i * stride + length] for i in range(prompts)]
 
-# %% ../../nbs/evaluation/proof.ipynb #cc1d3afd
+# %% ../../nbs/evaluation/proof.ipynb #88db70d3
 BFLOAT16_ONLY = {"gemma2", "gemma3", "gemma3_text", "glm4", "plamo2"}
 BOUNDS = {"float16": 1e-4, "bfloat16": 2e-3, "float32": 1e-4}
 
@@ -175,22 +175,22 @@ def serving_dtype(config: dict,          # an export's config.json
     if dtype != "auto":
         if dtype not in BOUNDS: raise UsageError(f"dtype {dtype!r}: must be auto, {', '.join(BOUNDS)}")
         return dtype
-    if quantizes_inputs(config) and not torch.cuda.is_available(): return "float32"
+    if all(inputs_quantized(config)) and not torch.cuda.is_available(): return "float32"
     return "bfloat16" if config.get("model_type") in BFLOAT16_ONLY else "float16"
 
-# %% ../../nbs/evaluation/proof.ipynb #228b3e5e
-def quantizes_inputs(config: dict,  # an export's config.json
-                     ) -> bool:
-    "Whether any layer has quantized activations."
+# %% ../../nbs/evaluation/proof.ipynb #97d04256
+def inputs_quantized(config: dict,  # an export's config.json
+                     ) -> list[bool]:
+    "For each grid of the export, whether it has one for activations too; kernels for weights only refuse float32."
     found = config.get("quantization_config") or {}
     schemes = [found.get("llmquant_scheme") or {}, *(found.get("llmquant_overrides") or {}).values()]
-    return any(scheme.get("activations") for scheme in schemes)
+    return [bool(scheme.get("activations")) for scheme in schemes]
 
 def bound_on_kl(config: dict,  # an export's config.json
                 dtype: str,    # that it is served in
                 ) -> float:
     "The bound on the mean divergence."
-    return 5e-2 if quantizes_inputs(config) and dtype != "float32" else BOUNDS[dtype]
+    return 5e-2 if any(inputs_quantized(config)) and dtype != "float32" else BOUNDS[dtype]
 
 # %% ../../nbs/evaluation/proof.ipynb #50048b12
 @torch.no_grad()
