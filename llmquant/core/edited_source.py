@@ -85,7 +85,7 @@ class Originals:
         "One tensor."
         return self.vectors[name] if name in self.vectors else self.source.tensor(name)
 
-# %% ../../nbs/core/edited_source.ipynb #bdb1364a
+# %% ../../nbs/core/edited_source.ipynb #c5fa1b50
 @torch.no_grad()
 def untie_(
     model,      # A transformers model; edited in place
@@ -105,11 +105,13 @@ def put_edits_(
     head:str="",        # Tensor name of a head that must be untied
 ):
     "Bring an edited checkpoint into the model that it was made from."
+    parameters, places = dict(model.named_parameters()), adapter.tensor_places(model)
+    shapes = shapes_of(view)
+    vectors = {name: view.tensor(name) for name in view.edited if len(shapes[name]) == 1}
     if head: untie_(model, view.tensor(head))
-    parameters = dict(model.named_parameters())
-    for name, place in adapter.tensor_places(model).items():
-        if name not in parameters or place == head or place is not None and place not in view.edited: continue
-        parameter = parameters[name]
-        value = (view.tensor(place) if place is not None else
-                 adapter.assemble(model, name, tuple(parameter.shape), view.tensor, torch.float32))
+    for name in parameters.keys() & places.keys():
+        parameter, place = parameters[name], places[name]
+        if place is not None and place not in view.edited: continue
+        value = (adapter.assemble(model, name, tuple(parameter.shape), view.tensor, torch.float32) if place is None
+                 else vectors[place] if place in vectors else view.tensor(place))
         parameter.copy_(value)

@@ -44,7 +44,7 @@ def with_experts(
                        (*table.writers, *(f"{place}.down_proj" for place in places)),
                        (*table.inside, "mlp.gate.e_score_correction_bias"))
 
-# %% ../../nbs/models/rotation_sites.ipynb #988933f8
+# %% ../../nbs/models/rotation_sites.ipynb #6356fd18
 def _roles(table:StreamTable) -> dict[str, str]:
     "Name inside a block to its role: the norm that it reads, 'writer', 'norm' or 'inside'."
     readers = {reader: norm for norm, names in table.norms.items() for reader in names}
@@ -64,8 +64,7 @@ def _modules(table:StreamTable, config:dict, shapes:dict) -> tuple[dict, list[st
         role = roles.get(inside) or (roles.get(module) if leaf in ("weight", "bias") else None)
         if role is None:
             raise UsageError(f"tensor {name}: nobody has said whether it reads the residual stream, adds to it or "
-                             "neither, so a rotation would leave it out; set quantization.rotation.residual to "
-                             "false, or name it in the adapter's rotation_sites")
+                             "neither, so a rotation would leave it out; name it in the adapter's rotation_sites")
         if leaf == "weight": found.setdefault((block, role), []).append(name.removesuffix(".weight"))
     return found, beyond
 
