@@ -1,17 +1,21 @@
 """SmoothQuant and Outlier Suppression+ on tiny models: the function stays, outliers shrink, mistakes are named."""
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
+import yaml
 from block_views import suppress, view_of, walk_over
 from outliers import inject_outliers
 
 from llmquant.core.activation_scheme import ActivationScheme
 from llmquant.core.errors import UsageError
+from llmquant.core.outlier_suppression_registry import OutlierSuppressionRegistry
 from llmquant.core.smoothing import SmoothingPair
 from llmquant.outlier_suppression.outlier_suppression_v2 import OutlierSuppressionV2
 from llmquant.outlier_suppression.smooth_quant import SmoothQuantSuppressor
+from llmquant.utils.config import resolve
 
 TOKENS = torch.randint(3, 512, (4, 48), generator=torch.Generator().manual_seed(0))
 A8 = ActivationScheme()
@@ -263,3 +267,17 @@ def test_models_without_pairs(kind):
     _, view = view_of(walk)
     with pytest.raises(UsageError, match="no smoothing pairs are known"): SmoothQuantSuppressor().apply_to_block(view)
     walk.blocks.empty()
+
+
+@pytest.mark.parametrize("name,cls", (("smooth_quant", SmoothQuantSuppressor),
+                                      ("outlier_suppression_v2", OutlierSuppressionV2)))
+def test_recipes_say_what_the_code_reads(name, cls):
+    "Every option stands in the recipe's file, with its default."
+    path = Path(__file__).parents[1] / "configs" / f"{name}_config.yaml"
+    if name not in OutlierSuppressionRegistry.list_suppressors(): OutlierSuppressionRegistry.register(name, cls)
+    recipe = resolve(config_path=path)
+    assert recipe.outlier_suppression == (name,) and recipe.bits == 8 and recipe.group_size == -1
+    assert recipe.activations == ActivationScheme() and recipe.options["symmetric"]
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))["quantization"][name]
+    assert written == dict(cls().configure({}).settings)
+    assert recipe.suppressor_options == {f"{name}.{option}": value for option, value in written.items()}
