@@ -53,7 +53,13 @@ def _on_floats(x:Tensor) -> Tensor:
     codes = (x * scale.reciprocal()).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
     return codes.float() * scale
 
-# %% ../../nbs/core/activation_scheme.ipynb #9f0823d8
+# %% ../../nbs/core/activation_scheme.ipynb #f76184e6
+def _steps(x:Tensor, scale:Tensor, zero:Tensor|None) -> Tensor:
+    "x / scale + zero in the server's order, float32."
+    inverse = scale.reciprocal()
+    return x * inverse if zero is None else (x.double() * inverse.double()).add_(zero).float()
+
+# %% ../../nbs/core/activation_scheme.ipynb #20456b98
 @torch.no_grad()
 def simulate(
     x:Tensor,                # [..., in_features], any float dtype
@@ -68,7 +74,7 @@ def simulate(
         raise UsageError(f"{scheme} has no scale; measure the statistic 'range' and call static_parameters")
     grid = _token_grid(values, scheme) if scheme.dynamic else served_grid(scale, zero, scheme)
     scale, zero = grid
-    codes = (values * scale.reciprocal()).add_(zero).round_().clamp_(*code_range(scheme.bits))
+    codes = _steps(values, scale, None if scheme.symmetric else zero).round_().clamp_(*code_range(scheme.bits))
     return codes.sub_(zero).mul_(scale).masked_fill_(scale == 0, 0).to(x.dtype)
 
 # %% ../../nbs/core/activation_scheme.ipynb #1f5003ab

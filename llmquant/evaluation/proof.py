@@ -130,7 +130,7 @@ def was_edited(report: dict) -> bool:
     used = (report.get("recipe") or {}).get("outlier_suppression")
     return bool(used.get("value") if isinstance(used, dict) else used)
 
-# %% ../../nbs/evaluation/proof.ipynb #02cea325
+# %% ../../nbs/evaluation/proof.ipynb #d674e68c
 def check_files(export: Path,               # folder
                 reference: str | Path | None,  # MODEL
                 ) -> dict:                  # counts
@@ -141,10 +141,11 @@ def check_files(export: Path,               # folder
     if reference is None: return check_layers(tensors, config, report, None)
     with closing(open_checkpoint(reference)) as source:
         check_config(config, source.config, report)
-        if was_edited(report): return check_layers(tensors, config, report, None)
-        found = check_layers(tensors, config, report, source)
+        found = check_layers(tensors, config, report, None if was_edited(report) else source)
+        edited = report["proof"].get("edited")
+        if was_edited(report) and not edited: return found
         return {**found, "float_tensors": check_floats(tensors, list(report["proof"]["digests"]), config, source,
-                                                      report["proof"].get("edited") or {})}
+                                                      edited or {})}
 
 # %% ../../nbs/evaluation/proof.ipynb #ce906645
 def teacher_tokens(export: Path,      # folder, with or without a tokenizer

@@ -1,0 +1,286 @@
+"""Quantized activations: the simulation against vLLM's own operations, and exports against a real vLLM.
+
+The exports are written here by hand, weight by weight, so that nothing but grids, formats and the proof is tried.
+"""
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from llmquant.core.activation_scheme import ActivationScheme, simulate, static_parameters
+from llmquant.core.errors import ProofError
+from llmquant.core.format_registry import FormatRegistry
+from llmquant.core.qtensor import round_to_grid
+from llmquant.core.quant_linear import QuantLinear
+from llmquant.core.scheme import QuantScheme
+from llmquant.core.statistics import LayerStats
+from llmquant.evaluation import proof
+from llmquant.evaluation.vllm_check import Job, ask_vllm_many, child_environment, kl_topk
+from llmquant.loading import load
+
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+DYNAMIC, ASYMMETRIC = ActivationScheme(), ActivationScheme(symmetric=False)
+STATIC = ActivationScheme(granularity="tensor", dynamic=False)
+STATIC_ASYMMETRIC = replace(STATIC, symmetric=False, range_rule="mse")
+FP8 = ActivationScheme(type="float")
+
+
+def grid(inputs, **changes):
+    "A grid of eight bits per channel, with these activations."
+    return QuantScheme(8, True, "channel", 0, scale_dtype=torch.float32, type=inputs.type, activations=inputs, **changes)
+
+
+# name -> grid of all Linears, grid of down_proj
+EXPORTS = {"dynamic": (grid(DYNAMIC), None), "asymmetric": (grid(ASYMMETRIC), None), "static": (grid(STATIC), None),
+           "static_asymmetric": (grid(STATIC_ASYMMETRIC), None), "two_groups": (grid(STATIC), grid(DYNAMIC)),
+           "fp8": (grid(FP8), None)}
+
+
+def measured(model, names):
+    "The statistics of the inputs of Linears, over random tokens."
+    stats = {name: LayerStats() for name in names}
+    hooks = [model.get_submodule(name).register_forward_pre_hook(lambda m, x, s=stats[name]: s.add(x[0], ("range",)))
+             for name in names]
+    tokens = torch.randint(0, model.config.vocab_size, (8, 64), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(): model(tokens)
+    for hook in hooks: hook.remove()
+    return {name: s.finish() for name, s in stats.items()}
+
+
+def on_inputs(weight, stats):
+    "A weight with the static grid of its inputs, where it has one."
+    inputs = weight.scheme.activations
+    if inputs is None or inputs.dynamic: return weight
+    scale, zero = static_parameters(stats, inputs)
+    return replace(weight, input_scale=scale, input_zero=zero)
+
+
+def write(base, target, main, down=None):
+    "An export of a tiny checkpoint, with its report."
+    packing, shard = FormatRegistry.get("compressed_tensors")(), "model.safetensors"
+    model = load(base, torch.float32)
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
+    overrides = {n: down for n in names if down and n.endswith("down_proj")}
+    stats, weights = measured(model, names), {}
+    tensors = {n: t.float() for n, t in load_file(base/shard).items()}
+    for name in names:
+        weight = round_to_grid(tensors.pop(f"{name}.weight"), overrides.get(name, main))
+        weights[name] = on_inputs(weight, stats[name])
+        assert packing.objection(weight.scheme, *weight.codes.shape) == ""
+        tensors |= packing.pack(name, weights[name])
+    shutil.copytree(base, target)
+    save_file(tensors, target/shard, metadata={"format": "pt"})
+    config = json.loads((base/"config.json").read_text()) | {"dtype": "float32"}
+    config["quantization_config"] = packing.quantization_config(main, names, ["lm_head"], "minmax", overrides)
+    (target/"config.json").write_text(json.dumps(config))
+    layers = {n: {"shape": list(w.codes.shape), "scheme": str(w.scheme)} for n, w in weights.items()}
+    report = {"scheme": main.to_dict(), "method": "minmax", "layers": layers,
+              "proof": {"digests": {n: w.digest() for n, w in weights.items()}, "promises_step": main.type == "int"}}
+    (target/"quantization_report.yaml").write_text(yaml.safe_dump(report))
+    return weights
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    "A base model, all exports of it, and what they hold."
+    folder = tmp_path_factory.mktemp("activations")
+    base = tiny.make("llama", folder/"base", num_key_value_heads=4)
+    for name, grids in EXPORTS.items(): write(base, folder/name, *grids)
+    return folder
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_files(folder, name):
+    "The second reader finds what was computed, near the original."
+    found = proof.check_files(folder/name, folder/"base")
+    assert found["layers"] == 14 and found["float_tensors"] > 3
+    assert ("largest_step" in found) == (name != "fp8")
+
+
+def edited(source, target, edit):
+    "A copy of an export, edited."
+    shutil.copytree(source, target)
+    tensors, config = load_file(target/"model.safetensors"), json.loads((target/"config.json").read_text())
+    edit(tensors, config["quantization_config"])
+    save_file(tensors, target/"model.safetensors", metadata={"format": "pt"})
+    (target/"config.json").write_text(json.dumps(config))
+    return target
+
+
+DOWN = "model.layers.1.mlp.down_proj"
+
+
+def louder(tensors, config): tensors[f"{DOWN}.input_scale"] *= 1.5
+def moved(tensors, config): tensors[f"{DOWN}.input_zero_point"] += 1
+def unsigned(tensors, config): tensors[f"{DOWN}.weight"] = (tensors[f"{DOWN}.weight"].view(torch.uint8) ^ 128).view(torch.int8)
+def symmetric(tensors, config): config["config_groups"]["group_0"]["input_activations"]["symmetric"] = True
+def without(tensors, config): config["config_groups"]["group_0"]["input_activations"] = None
+def packed(tensors, config): config["format"] = "pack-quantized"
+def dropped(tensors, config): del tensors[f"{DOWN}.input_scale"]
+
+
+@pytest.mark.parametrize("fault, said", [(louder, "SHA-256 differs"), (moved, "SHA-256 differs"),
+                                         (unsigned, "SHA-256 differs"), (symmetric, "vLLM is told"),
+                                         (without, "vLLM is told"), (packed, "format is"),
+                                         (dropped, "input_scale: the export has no such tensor")])
+def test_planted_faults(folder, tmp_path, fault, said):
+    "What would compute another model is found in the files."
+    with pytest.raises(ProofError, match=said):
+        proof.check_files(edited(folder/"static_asymmetric", tmp_path/"x", fault), folder/"base")
+
+
+def test_loaded_model_is_quant_linear(folder):
+    "The reference loaded from the files and `QuantLinear` compute the same, bit by bit."
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(4)) * 3
+    for name, (main, _) in EXPORTS.items():
+        linear = load(folder/name, torch.float32).get_submodule(DOWN)
+        packing = FormatRegistry.get("compressed_tensors")()
+        tensors = load_file(folder/name/"model.safetensors")
+        scheme = EXPORTS[name][1] or main
+        assert torch.equal(linear(x), QuantLinear(packing.unpack(DOWN, tensors, scheme, 256))(x)), name
+
+
+LIBRARY = """
+import sys, torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationConfig
+from safetensors.torch import load_file, save_file
+import json
+folder, layer = sys.argv[1:]
+config = json.load(open(f"{folder}/config.json"))["quantization_config"]
+scheme = QuantizationConfig.model_validate(config).config_groups["group_0"]
+tensors = {k.removeprefix(layer + "."): t for k, t in load_file(f"{folder}/model.safetensors").items() if k.startswith(layer + ".")}
+read = BaseCompressor.get_value_from_registry(config["format"]).decompress(tensors, scheme)
+save_file({"weight": read["weight"].float().contiguous()}, f"{folder}/read.pt")
+"""
+
+
+@pytest.mark.parametrize("name", ["dynamic", "static_asymmetric", "fp8"])
+def test_library_reads_it(folder, name):
+    "compressed-tensors' own library takes the weights for what they are."
+    pytest.importorskip("compressed_tensors")
+    layer = "model.layers.0.self_attn.q_proj"
+    subprocess.run([sys.executable, "-c", LIBRARY, folder/name, layer], check=True)
+    ours = load(folder/name, torch.float32).get_submodule(layer).weight
+    assert torch.equal(load_file(folder/name/"read.pt")["weight"], ours)
+
+
+OPERATIONS = """
+import sys, torch
+from safetensors.torch import load_file, save_file
+from vllm import _custom_ops as ops
+from vllm.platforms import current_platform
+current_platform.import_kernels()
+given, out = load_file(sys.argv[1]), {}
+x, weight, scales = given["x"], given["weight"], given["scales"]
+for name in ("dynamic", "asymmetric", "static", "static_asymmetric"):
+    symmetric, scale, zero = "asym" not in name, given.get(f"{name}.scale"), given.get(f"{name}.zero")
+    if scale is not None: scale = scale.reshape(())
+    if zero is not None: zero = zero.int().reshape(())
+    q, s, z = ops.onednn_scaled_int8_quant(x, scale, zero, symmetric)
+    out[f"{name}.codes"], out[f"{name}.s"] = q, s.reshape(-1, 1).expand(len(x), 1).contiguous()
+    if z is not None: out[f"{name}.z"] = z.reshape(-1, 1).expand(len(x), 1).contiguous()
+    handler = ops.create_onednn_scaled_mm(weight.t(), scales, torch.float32, scale is None, not symmetric, 32)
+    adjust = None if symmetric and scale is not None else weight.sum(1, dtype=torch.float32)[None] * scales.squeeze()
+    y = torch.empty(len(x), len(weight))
+    ops.onednn_scaled_mm(handler, q, y, s, z, adjust, None)
+    out[f"{name}.y"] = y
+save_file(out, sys.argv[2])
+"""
+
+
+@pytest.fixture(scope="module")
+def operations(tmp_path_factory):
+    "Inputs of many sizes, and what vLLM's CPU operations make of them."
+    folder, generator = tmp_path_factory.mktemp("operations"), torch.Generator().manual_seed(7)
+    x = torch.randn(400, 512, generator=generator) * torch.logspace(-6, 6, 400)[:, None]
+    x[:, 3] *= 40
+    x[100:200] += x[100:200].abs().amax(1, keepdim=True) * 2     # ranges that do not hold zero
+    x[399], x[398] = 0, 3.
+    weight = round_to_grid(torch.randn(64, 512, generator=generator), grid(DYNAMIC))
+    given = {"x": x, "weight": (weight.codes ^ 128).view(torch.int8), "scales": weight.scales}
+    stats = LayerStats()
+    stats.add(x[150:260], ("range",))
+    for name, inputs in (("static", STATIC), ("static_asymmetric", STATIC_ASYMMETRIC)):
+        found = static_parameters(stats.finish(), inputs)
+        given[f"{name}.scale"] = found[0]
+        if not inputs.symmetric: given[f"{name}.zero"] = found[1]
+    save_file(given, folder/"given.safetensors")
+    subprocess.run([sys.executable, "-c", OPERATIONS, folder/"given.safetensors", folder/"said.safetensors"], check=True,
+                   env=child_environment(True))
+    return given, load_file(folder/"said.safetensors"), weight
+
+
+@needs_vllm
+@pytest.mark.skipif(torch.cuda.is_available(), reason="these operations are the CPU's")
+@pytest.mark.parametrize("name, inputs", [("dynamic", DYNAMIC), ("asymmetric", ASYMMETRIC), ("static", STATIC),
+                                          ("static_asymmetric", STATIC_ASYMMETRIC)])
+def test_operations_to_the_bit(operations, name, inputs):
+    "`simulate` gives the numbers that vLLM's codes mean, and a Linear vLLM's product."
+    given, said, weight = operations
+    scale, zero = given.get(f"{name}.scale"), given.get(f"{name}.zero")
+    if scale is not None and zero is None: zero = torch.zeros(1, dtype=torch.int8)
+    ours = simulate(given["x"], inputs, scale, zero)
+    codes, s, z = said[f"{name}.codes"].float(), said[f"{name}.s"], said.get(f"{name}.z", torch.zeros(1)).float()
+    theirs = torch.where(s == 0, 0, (codes - z) * s)
+    assert torch.equal(ours, theirs), f"{(ours != theirs).sum()} of {ours.numel()} differ"
+    linear = QuantLinear(replace(weight, scheme=grid(inputs), input_scale=scale, input_zero=zero))
+    y = linear(given["x"])
+    error = (y - said[f"{name}.y"]).norm(dim=1) / y.norm(dim=1).clamp(min=1e-30)
+    assert error.max() <= 1e-5
+
+
+@pytest.fixture(scope="module")
+def answers(folder):
+    "What a stock vLLM says, in float32, and with the plugin under the method's own name."
+    prompts = proof.teacher_tokens(folder/"dynamic", {"vocab_size": 512})
+    stock = ask_vllm_many([Job(str(folder/name), prompts, "float32") for name in EXPORTS], True)
+    named = ask_vllm_many([Job(str(folder/name), prompts, "float32", "minmax") for name in ("two_groups", "fp8")], False)
+    return prompts, dict(zip(EXPORTS, stock, strict=True)), named
+
+
+def divergence(logits, said):
+    "Mean KL of vLLM's answer from logits."
+    assert not said.error, said.error
+    return proof.divergences(logits, said)[0].mean().item()
+
+
+@needs_vllm
+@pytest.mark.parametrize("name", EXPORTS)
+def test_served(folder, answers, name):
+    "vLLM computes the simulation, and not the model without a grid for activations."
+    prompts, stock, _ = answers
+    simulated = divergence(proof.forced_logits(load(folder/name, torch.float32), prompts), stock[name])
+    bare = divergence(proof.forced_logits(load(folder/name, torch.float32, activations=False), prompts), stock[name])
+    print(f"{name}: KL {simulated:.2e}, from the model without activation grid {bare:.2e}")
+    assert simulated <= 1e-4 < bare
+
+
+@needs_vllm
+def test_served_by_name(answers):
+    "The plugin hands these layouts to vLLM's own code."
+    _, stock, named = answers
+    for name, said in zip(("two_groups", "fp8"), named, strict=True):
+        assert not said.error, said.error
+        assert all(np.array_equal(*pair) for pair in zip(said.logprobs, stock[name].logprobs, strict=True))
+
+
+@needs_vllm
+def test_verify_chooses_float32(folder):
+    "The whole proof, by itself."
+    found = proof.verify(folder/"two_groups", folder/"base")["vllm"]
+    assert (found["dtype"], found["loaded"]) == ("float32" if not torch.cuda.is_available() else "float16", "stock")
+    assert found["mean_kl"] <= found["bound"]
