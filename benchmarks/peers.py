@@ -15,6 +15,7 @@ import datetime
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -115,7 +116,7 @@ def run_child(row, given, base, tokens):
     environment |= PEERS.get(library, ([], {}))[1]
     if library == "llmquant":
         environment["PYTHONPATH"] = str(ROOT)
-    command = [python_of(library, given.environments), ROOT / "benchmarks/child.py", library, base, tokens, out]
+    command = [*shlex.split(given.prefix), python_of(library, given.environments), ROOT / "benchmarks/child.py", library, base, tokens, out]
     log = given.environments / f"{re.sub(r'[^a-zA-Z0-9]+', '-', name)}.log"
     with log.open("w", encoding="utf-8") as stream:
         done = subprocess.run([*map(str, command), json.dumps(options)], env=environment, cwd=given.environments,
@@ -194,6 +195,7 @@ def parse():
     parser.add_argument("--samples", type=int, nargs=2, default=(32, 512), help="windows and tokens of calibration")
     parser.add_argument("--windows", type=int, default=24, help=f"windows of {CONTEXT} tokens of the perplexities")
     parser.add_argument("--only", default="", metavar="NAME", help="a regular expression for the rows' names")
+    parser.add_argument("--prefix", default="", help="a command that starts each child, such as 'taskset -c 0'")
     for name in ("gptqmodel", "install", "list", "table", "fresh"):
         parser.add_argument(f"--{name}", action="store_true")
     given = parser.parse_args()

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['REPORT', 'ExportSink', 'export_config', 'ExportedModel', 'peak_memory_mib', 'make_report', 'to_yaml', 'write_export',
-           'prove', 'plan_of_model', 'hand_over', 'side_of_model', 'export_model', 'adopt_marked']
+           'prove', 'plan_of_model', 'hand_over', 'changed_keys', 'side_of_model', 'export_model', 'adopt_marked']
 
-# %% ../nbs/export.ipynb #f79c015b
+# %% ../nbs/export.ipynb #2e42f963
 import json, platform, resource, tempfile, time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
@@ -17,12 +17,13 @@ from typing import Any
 import torch, yaml
 from torch import Tensor
 from . import __version__
-from .checkpoint.source import CheckpointSource
+from .checkpoint.source import CheckpointSource, read_json
 from .checkpoint.writer import ExportWriter
 from .core.errors import ProofError, UsageError
 from .core.format_registry import FormatRegistry
 from .core.in_memory import ModelSource, adopt, is_adopted
-from .core.plan import LayerPlan, Plan, kept_tensors, nbytes
+from .core.outlier_suppression_registry import CHANGEABLE
+from .core.plan import LayerPlan, Plan, export_dtype, kept_tensors, nbytes
 from .core.qtensor import QuantizedWeight, digest, raw_bytes
 from .core.quant_linear import QuantLinear
 from .core.quantizer_registry import QuantizerRegistry
@@ -161,7 +162,7 @@ def prove(
     writer.write_text(REPORT, to_yaml({**report, "proof": {**report["proof"], **found}}))
     return found
 
-# %% ../nbs/export.ipynb #3ed8caf2
+# %% ../nbs/export.ipynb #1703a141
 def plan_of_model(
     model,       # A model with `QuantLinear` modules
     adapter,     # Its family's adapter
@@ -177,7 +178,8 @@ def plan_of_model(
     plans = tuple(LayerPlan(s.name, s.out_features, s.in_features, s.block, scheme_of(s), reason(s)) for s in sites)
     known = (model.config.quantization_config or {}).get("llmquant_scheme")
     scheme = QuantScheme.from_dict(known) if known else next(iter(layers.values())).scheme
-    dtype, stored = scheme.scale_dtype, model.dtype
+    stored = model.dtype
+    dtype = export_dtype(stored) if scheme.activations else scheme.scale_dtype # 8-bit kernels read float32 scales
     kept = kept_tensors(source.tensors, plans, stored, dtype, adapter.keep_dtype)
     method = next(iter(layers.values())).quantization_method
     if format == "auto":
@@ -206,7 +208,18 @@ def hand_over(
         sink.put(layer, weight, results[-1])
     return results
 
-# %% ../nbs/export.ipynb #1cce5487
+# %% ../nbs/export.ipynb #322804ac
+def changed_keys(
+    model,       # In memory
+    config:dict, # Of the checkpoint that it came from
+) -> dict:       # Keys that must change in config.json, to their values
+    "What suppressors changed in a model's configuration."
+    if not getattr(model, "edited_tensors", None): return {}
+    now = {key: getattr(model.config, key) for key in CHANGEABLE if hasattr(model.config, key)}
+    was = type(model.config)(**{key: config[key] for key in CHANGEABLE if key in config})
+    return {key: value for key, value in now.items() if value != getattr(was, key)}
+
+# %% ../nbs/export.ipynb #2af08a96
 def side_of_model(
     model,             # In memory
     source:Path|None,  # The checkpoint it came from, when known
@@ -215,11 +228,12 @@ def side_of_model(
     "What belongs beside the weights: the checkpoint's own files, or what the model itself knows."
     if source is not None:
         with closing(CheckpointSource(source)) as checkpoint:
-            return checkpoint.config, checkpoint.side_files, checkpoint.files()
+            config = checkpoint.config | changed_keys(model, checkpoint.config)
+            return config, checkpoint.side_files, checkpoint.files()
     if model.generation_config is not None: model.generation_config.save_pretrained(folder)
     return model.config.to_dict(), sorted(folder.iterdir()), []
 
-# %% ../nbs/export.ipynb #1a380797
+# %% ../nbs/export.ipynb #2ca37338
 def export_model(
     model,                   # A quantized transformers model
     adapter,                 # Its family's adapter
@@ -238,6 +252,8 @@ def export_model(
     plan, layers, tensors = plan_of_model(model, adapter, container, format)
     plan.check_servable()
     facts = facts or {"model": {"path": str(source) if source else None, "adapter": adapter.model_type}}
+    if source and (changes := changed_keys(model, read_json(Path(source)/"config.json"))):
+        facts = {**facts, "config_changes": changes}
     with tempfile.TemporaryDirectory() as folder:
         config, side_files, protect = side_of_model(model, Path(source) if source else None, Path(folder))
         carry = lambda sink: hand_over(plan, layers, tensors, sink)

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['register_quantizers', 'register_model_adapters', 'register_outlier_suppressors', 'register_formats']
 
-# %% ../nbs/registry_init.ipynb #dfb0508b
+# %% ../nbs/registry_init.ipynb #f4f737f2
 from .core.format_registry import FormatRegistry
 from .core.model_registry import ModelRegistry
+from .core.outlier_suppression_registry import OutlierSuppressionRegistry
 from .core.quantizer_registry import QuantizerRegistry
 from .formats.awq import AWQFormat
 from .formats.compressed_tensors import CompressedTensorsFormat
@@ -15,8 +16,12 @@ from .formats.float_zeros import FloatZerosFormat
 from .formats.gptq import GPTQFormat
 from .models.base_adapter import BaseHuggingFaceAdapter
 from .models.deepseek_adapter import DeepSeekAdapter
+from .models.layernorm_adapters import GPTNeoXAdapter, OPTAdapter
 from .models.llama_adapter import LlamaAdapter
 from .models.qwen_adapter import QwenAdapter
+from .outlier_suppression.outlier_suppression_v2 import OutlierSuppressionV2
+from .outlier_suppression.rotation import RotationSuppressor
+from .outlier_suppression.smooth_quant import SmoothQuantSuppressor
 from .quantizers.awq_quantizer import AWQQuantizer
 from .quantizers.gptq_quantizer import GPTQQuantizer
 from .quantizers.hqq_quantizer import HQQQuantizer
@@ -30,17 +35,22 @@ def register_quantizers():
     QuantizerRegistry.register("awq", AWQQuantizer)
     QuantizerRegistry.register("gptq", GPTQQuantizer)
 
-# %% ../nbs/registry_init.ipynb #7d4658b8
+# %% ../nbs/registry_init.ipynb #add7c1ab
 def register_model_adapters():
     "Model families; `model_types` of the class decide first, patterns second."
     ModelRegistry.register("default", BaseHuggingFaceAdapter)
     ModelRegistry.register("llama", LlamaAdapter, patterns=["llama", "meta-llama", "llama-2", "llama-3"])
     ModelRegistry.register("qwen", QwenAdapter, patterns=["qwen", "Qwen2", "Qwen-1.5", "Qwen-2"])
     ModelRegistry.register("deepseek", DeepSeekAdapter, patterns=["deepseek", "deepseek-ai"])
+    ModelRegistry.register("gpt_neox", GPTNeoXAdapter, patterns=["gpt-neox", "pythia"])
+    ModelRegistry.register("opt", OPTAdapter, patterns=["opt-"])
 
-# %% ../nbs/registry_init.ipynb #e99a9e5a
+# %% ../nbs/registry_init.ipynb #71523621
 def register_outlier_suppressors():
-    "Outlier suppressors; none is built in yet."
+    "Outlier suppressors."
+    OutlierSuppressionRegistry.register("smooth_quant", SmoothQuantSuppressor)
+    OutlierSuppressionRegistry.register("outlier_suppression_v2", OutlierSuppressionV2)
+    OutlierSuppressionRegistry.register("rotation", RotationSuppressor)
 
 # %% ../nbs/registry_init.ipynb #1eae33bb
 def register_formats():

@@ -7,7 +7,7 @@ __all__ = ['REPORT', 'NEEDED', 'FIXED', 'MAY_DIFFER', 'damaged', 'is_shape', 'is
            'is_input', 'group_objection', 'quantization_objection', 'check_width', 'shown', 'layout_of',
            'layout_of_all', 'check_inputs', 'left_in_float', 'check_quantization', 'difference', 'check_config']
 
-# %% ../../nbs/evaluation/proof_config.ipynb #85c1d4aa
+# %% ../../nbs/evaluation/proof_config.ipynb #8e58a03a
 import json
 import re
 from pathlib import Path
@@ -15,6 +15,7 @@ from pathlib import Path
 import yaml
 
 from ..core.errors import ProofError, UsageError
+from ..core.outlier_suppression_registry import CHANGEABLE
 from ..core.scheme import QuantScheme, scheme_of
 from ..formats.unpackers import config_group, group_weights
 
@@ -226,7 +227,7 @@ def difference(ours: dict, theirs: dict, within: str = "") -> tuple[str, str, st
         if whole[0] != whole[1]: return f"{within}{key}", *texts
     return None
 
-# %% ../../nbs/evaluation/proof_config.ipynb #deb50f10
+# %% ../../nbs/evaluation/proof_config.ipynb #8ebe0b14
 def check_config(config: dict,  # the export's config.json
                  theirs: dict,  # MODEL's, that of a GGUF as converted
                  report: dict,  # the export's
@@ -235,5 +236,8 @@ def check_config(config: dict,  # the export's config.json
     model = report.get("model")
     if isinstance(model, dict) and "path" in model and model["path"] is None:
         config = {key: value for key, value in config.items() if key in theirs}
+    changed = report.get("config_changes")
+    if isinstance(changed, dict): # an outlier suppressor presented another checkpoint, and said so
+        theirs = theirs | {key: value for key, value in changed.items() if key in CHANGEABLE}
     if found := difference(config, theirs):
         raise ProofError(f"config.json: {found[0]} is {found[1]} in the export and {found[2]} in the reference")
