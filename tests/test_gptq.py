@@ -238,7 +238,31 @@ def test_the_weight_and_the_hessian_are_left_alone():
     quantizer = GPTQQuantizer().configure({"desc_act": True})
     quantizer.quantize_weight(weight, stats, quantizer.make_scheme(4, 32, torch.float16))
     assert torch.equal(weight, before) and torch.equal(stats.hessian, hessian)
-    assert stats.notes["desc_act"].startswith("static order")
+    assert stats.notes["desc_act"].startswith("by activation size")
+
+
+def test_auto_orders_by_activation_size_at_2_bits_only():
+    x, weight = inputs(64, 200), weights(8, 64)
+    for bits in 2, 3, 4, 8:
+        found = {}
+        for wish in "auto", True, False:
+            quantizer = GPTQQuantizer().configure({"desc_act": wish})
+            stats = stats_of(x)
+            found[wish] = quantizer.quantize_weight(weight, stats, quantizer.make_scheme(bits, 32, torch.float16)).codes
+            assert ("desc_act" in stats.notes) == (wish is True or wish == "auto" and bits == 2)
+        assert torch.equal(found["auto"], found[bits == 2]) and not torch.equal(found[True], found[False])
+
+
+def test_static_groups_beside_the_order_are_told_to_change_nothing():
+    x, weight, found = inputs(64, 200), weights(8, 64), []
+    for static in False, True:
+        quantizer = GPTQQuantizer().configure({"desc_act": True, "static_groups": static})
+        stats = stats_of(x)
+        found.append(quantizer.quantize_weight(weight, stats, quantizer.make_scheme(3, 32, torch.float16)).codes)
+        assert stats.notes.get("static_groups", "").startswith("changes nothing") == static
+    assert torch.equal(*found)
+    said = next(option.help for option in GPTQQuantizer.options if option.name == "static_groups")
+    assert "as desc_act always does" in said
 
 
 def test_options_and_layout():
