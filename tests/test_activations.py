@@ -2,24 +2,23 @@
 
 The exports are written here by hand, weight by weight, so that nothing but grids, formats and the proof is tried.
 """
-import hashlib
 import importlib.util
 import json
-import os
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
+import tiny_tokenizer
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import llmquant
 from llmquant.core.activation_scheme import ActivationScheme, simulate, static_parameters
 from llmquant.core.errors import ProofError
 from llmquant.core.format_registry import FormatRegistry
@@ -28,7 +27,7 @@ from llmquant.core.quant_linear import QuantLinear
 from llmquant.core.scheme import QuantScheme
 from llmquant.core.statistics import LayerStats
 from llmquant.evaluation import proof
-from llmquant.evaluation.vllm_check import Job, ask_vllm_many, child_environment, kl_topk
+from llmquant.evaluation.vllm_check import Job, ask_vllm_many, child_environment
 from llmquant.loading import load
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -38,9 +37,9 @@ STATIC_ASYMMETRIC = replace(STATIC, symmetric=False, range_rule="mse")
 FP8 = ActivationScheme(type="float")
 
 
-def grid(inputs, **changes):
+def grid(inputs):
     "A grid of eight bits per channel, with these activations."
-    return QuantScheme(8, True, "channel", 0, scale_dtype=torch.float32, type=inputs.type, activations=inputs, **changes)
+    return QuantScheme(8, True, "channel", 0, scale_dtype=torch.float32, type=inputs.type, activations=inputs)
 
 
 # name -> grid of all Linears, grid of down_proj
@@ -125,7 +124,7 @@ DOWN = "model.layers.1.mlp.down_proj"
 
 def louder(tensors, config): tensors[f"{DOWN}.input_scale"] *= 1.5
 def moved(tensors, config): tensors[f"{DOWN}.input_zero_point"] += 1
-def unsigned(tensors, config): tensors[f"{DOWN}.weight"] = (tensors[f"{DOWN}.weight"].view(torch.uint8) ^ 128).view(torch.int8)
+def unsigned(tensors, config): tensors[f"{DOWN}.weight"].view(torch.uint8).bitwise_xor_(128)
 def symmetric(tensors, config): config["config_groups"]["group_0"]["input_activations"]["symmetric"] = True
 def without(tensors, config): config["config_groups"]["group_0"]["input_activations"] = None
 def packed(tensors, config): config["format"] = "pack-quantized"
@@ -162,7 +161,8 @@ import json
 folder, layer = sys.argv[1:]
 config = json.load(open(f"{folder}/config.json"))["quantization_config"]
 scheme = QuantizationConfig.model_validate(config).config_groups["group_0"]
-tensors = {k.removeprefix(layer + "."): t for k, t in load_file(f"{folder}/model.safetensors").items() if k.startswith(layer + ".")}
+whole = load_file(f"{folder}/model.safetensors")
+tensors = {k.removeprefix(layer + "."): t for k, t in whole.items() if k.startswith(layer + ".")}
 read = BaseCompressor.get_value_from_registry(config["format"]).decompress(tensors, scheme)
 save_file({"weight": read["weight"].float().contiguous()}, f"{folder}/read.pt")
 """
@@ -219,8 +219,8 @@ def operations(tmp_path_factory):
         given[f"{name}.scale"] = found[0]
         if not inputs.symmetric: given[f"{name}.zero"] = found[1]
     save_file(given, folder/"given.safetensors")
-    subprocess.run([sys.executable, "-c", OPERATIONS, folder/"given.safetensors", folder/"said.safetensors"], check=True,
-                   env=child_environment(True))
+    files = folder/"given.safetensors", folder/"said.safetensors"
+    subprocess.run([sys.executable, "-c", OPERATIONS, *files], check=True, env=child_environment(True))
     return given, load_file(folder/"said.safetensors"), weight
 
 
@@ -248,7 +248,8 @@ def answers(folder):
     "What a stock vLLM says, in float32, and with the plugin under the method's own name."
     prompts = proof.teacher_tokens(folder/"dynamic", {"vocab_size": 512})
     stock = ask_vllm_many([Job(str(folder/name), prompts, "float32") for name in EXPORTS], True)
-    named = ask_vllm_many([Job(str(folder/name), prompts, "float32", "minmax") for name in ("two_groups", "fp8")], False)
+    jobs = [Job(str(folder/name), prompts, "float32", "minmax") for name in ("two_groups", "fp8")]
+    named = ask_vllm_many(jobs, False)
     return prompts, dict(zip(EXPORTS, stock, strict=True)), named
 
 
@@ -283,4 +284,26 @@ def test_verify_chooses_float32(folder):
     "The whole proof, by itself."
     found = proof.verify(folder/"two_groups", folder/"base")["vllm"]
     assert (found["dtype"], found["loaded"]) == ("float32" if not torch.cuda.is_available() else "float16", "stock")
-    assert found["mean_kl"] <= found["bound"]
+    assert found["mean_kl"] <= found["bound"] and found["own_noise"] < 1e-3
+
+
+RECIPES = {"static": ({"dynamic": False, "symmetric": False}, {}),
+           "down_dynamic": ({"dynamic": False}, {"overrides": [{"match": r".*\.down_proj", "activations": 8}]}),
+           "fp8": ({"type": "float"}, {})}
+
+
+@needs_vllm
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe(tmp_path, name):
+    "The same through the front door: calibrated, exported, proven."
+    base = tiny.make("qwen2", tmp_path/"base")
+    tiny_tokenizer.save(base)
+    activations, more = RECIPES[name]
+    config = {"quantization": {"activations": activations, **more}}
+    if not activations.get("dynamic", True):
+        config["calibration"] = {"num_samples": 8, "max_length": 64}
+    report = llmquant.quantize(base, tmp_path/"out", bits=8, config=config)
+    scheme = QuantScheme.from_dict(report["scheme"])
+    assert scheme.activations is not None and scheme.activations.dynamic == activations.get("dynamic", True)
+    found = proof.verify(tmp_path/"out", base, require_vllm=True)["vllm"]
+    assert found["loaded"] == "stock" and found["mean_kl"] <= found["bound"]

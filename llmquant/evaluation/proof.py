@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['logger', 'DTYPES', 'EDITED', 'BFLOAT16_ONLY', 'BOUNDS', 'ROUTED', 'layer_at', 'steps_moved', 'float_scales',
            'original', 'check_layers', 'check_floats', 'was_edited', 'check_files', 'teacher_tokens', 'serving_dtype',
-           'inputs_quantized', 'bound_on_kl', 'forced_logits', 'divergences', 'noisy', 'judged_positions', 'serve',
-           'check_vllm', 'summary', 'as_known', 'prove', 'verify']
+           'inputs_quantized', 'bound_on_kl', 'forced_logits', 'divergences', 'noisy', 'divergence_under_noise',
+           'judged_positions', 'bound_with_noise', 'serve', 'check_vllm', 'summary', 'as_known', 'prove', 'verify']
 
 # %% ../../nbs/evaluation/proof.ipynb #21f78779
 import hashlib
@@ -221,7 +221,21 @@ def noisy(share: float,  # standard deviation, relative to each value
         return output * (1 + share * torch.randn(output.shape, generator=generator, device=output.device))
     return hook
 
-# %% ../../nbs/evaluation/proof.ipynb #b2c1a031
+# %% ../../nbs/evaluation/proof.ipynb #4497f178
+def divergence_under_noise(model,                       # the reference in float32
+                           logits: list[torch.Tensor],  # its answers, from `forced_logits`
+                           prompts: list[list[int]],    # token ids
+                           share: float,                # of noise on its embeddings
+                           seed: int,                   # of the noise
+                           ) -> torch.Tensor:           # [positions] float64
+    "KL of the reference from itself."
+    handle = model.get_input_embeddings().register_forward_hook(noisy(share, seed))
+    try: q = torch.cat(forced_logits(model, prompts)).double().log_softmax(-1)
+    finally: handle.remove()
+    p = torch.cat(logits).double().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+# %% ../../nbs/evaluation/proof.ipynb #50176b6f
 def judged_positions(model,                       # the reference in float32
                      logits: list[torch.Tensor],  # its answers, from `forced_logits`
                      prompts: list[list[int]],    # token ids
@@ -232,13 +246,24 @@ def judged_positions(model,                       # the reference in float32
     "The positions at which the reference keeps its answer under noise: all of them without a router."
     calm, config = torch.ones(sum(map(len, logits)), dtype=torch.bool), model.config.get_text_config()
     if not any(getattr(config, key, None) for key in ROUTED): return calm
-    p = torch.cat(logits).double().log_softmax(-1)
     for seed in range(runs):
-        handle = model.get_input_embeddings().register_forward_hook(noisy(2 * torch.finfo(dtype).eps, seed))
-        try: q = torch.cat(forced_logits(model, prompts)).double().log_softmax(-1)
-        finally: handle.remove()
-        calm &= (p.exp() * (p - q)).sum(-1) <= 10 * bound
+        moved = divergence_under_noise(model, logits, prompts, 2 * torch.finfo(dtype).eps, seed)
+        calm &= moved <= 10 * bound
     return calm
+
+# %% ../../nbs/evaluation/proof.ipynb #fd7e0a6d
+def bound_with_noise(config: dict,                # the export's config.json
+                     model,                       # the reference in float32
+                     logits: list[torch.Tensor],  # its answers, from `forced_logits`
+                     prompts: list[list[int]],    # token ids
+                     dtype: str,                  # that vLLM serves in
+                     ) -> tuple[float, dict]:     # the bound on the mean KL, and what it was made from
+    "The bound for an export; where activations are on a grid, not below what the reference's own noise asks for."
+    bound = bound_on_kl(config, dtype)
+    if not any(inputs_quantized(config)): return bound, {}
+    moved = [divergence_under_noise(model, logits, prompts, 1e-6, seed).mean().item() for seed in range(3)]
+    own = float(f"{max(moved):.3g}")
+    return max(bound, 3 * own), {"own_noise": own}
 
 # %% ../../nbs/evaluation/proof.ipynb #a19773ec
 ROUTED = ("num_experts", "n_routed_experts", "num_local_experts")  # configuration keys of mixtures of experts
@@ -255,7 +280,7 @@ def serve(job: Job,            # what to ask
         logger.info("%s plugins: %s", "without" if without else "with", said.error)
     raise ProofError(f"the export: vLLM cannot serve it ({said.error})")
 
-# %% ../../nbs/evaluation/proof.ipynb #c919306a
+# %% ../../nbs/evaluation/proof.ipynb #14ab3b48
 def check_vllm(export: Path,                 # folder
                dtype: str = "auto",          # to serve in
                bound: float | None = None,   # on the mean KL; by dtype when not given
@@ -265,15 +290,15 @@ def check_vllm(export: Path,                 # folder
     "The third question; `ProofError` when the mean KL is beyond the bound."
     config = read_json(Path(export)/"config.json")
     dtype, prompts = serving_dtype(config, dtype), teacher_tokens(export, config)
-    bound = bound_on_kl(config, dtype) if bound is None else bound
     said, served_by = serve(Job(str(export), prompts, dtype, quantization), stock)
     served_in, device = getattr(torch, dtype), "cuda" if torch.cuda.is_available() else "cpu"
     model = load(export, torch.float32, device, served_in)
     logits = forced_logits(model, prompts)
+    bound, noise = bound_with_noise(config, model, logits, prompts, dtype) if bound is None else (bound, {})
     judged = judged_positions(model, logits, prompts, served_in, bound)
     kl, same = divergences(logits, said)
     result = {"loaded": served_by, "version": version("vllm"), "device": device, "dtype": dtype,
-              **summary(kl, same, judged, bound), "text": said.text}
+              **summary(kl, same, judged, bound), **noise, "text": said.text}
     if not result["mean_kl"] <= bound:
         raise ProofError(f"the export: vLLM computes another model, mean KL {result['mean_kl']:.3g} at "
                          f"{result['judged']} positions; at most {bound:g} is allowed in {dtype}")
