@@ -90,7 +90,7 @@ def adopt(self:Shards, folder:Path, written:set):
                              "run with --no-resume")
     self.missing -= written
 
-# %% ../../nbs/checkpoint/writer.ipynb #bd12fc15
+# %% ../../nbs/checkpoint/writer.ipynb #4c6515f7
 class ExportWriter(ExportFolder):
     "Writes an export tensor by tensor and puts it into place."
     def __init__(self,
@@ -106,10 +106,8 @@ class ExportWriter(ExportFolder):
         super().__init__(output, overwrite, protect, journal, resume)
         self._finished = False
         if self.journal and self.journal.blocks: return self._go_on()
-        with self.guarded():
-            free = shutil.disk_usage(self.folder).free
-            if self.shards.total > free: raise OSError(errno.ENOSPC, f"{self.shards.total} bytes needed, {free} free")
-            self.shards.create(self.folder)
+        self.need_room()
+        with self.guarded(): self.shards.create(self.folder)
 
     @property
     def written(self)->set: # of names
@@ -120,6 +118,18 @@ class ExportWriter(ExportFolder):
         "Put the finished folder into place; an older one goes only when the new one is there."
         if not self._finished: raise LLMQuantError(f"{self.output}: is not finished; call finish() before publish()")
         super().publish()
+
+# %% ../../nbs/checkpoint/writer.ipynb #bf6dec0b
+@patch
+def need_room(self:ExportWriter,
+    more:int=0, # bytes of files in the journal's folder at their most, those that are there already included
+):
+    "`UsageError` when the disk has no room for what is still to be written."
+    with self.guarded():
+        there = sum(path.stat().st_size for path in self.journal.place.glob("*.bin")) if self.journal else 0
+        needed = sum(self.shards.places[name].nbytes for name in self.shards.missing) + max(more - there, 0)
+        free = shutil.disk_usage(self.folder).free
+        if needed > free: raise OSError(errno.ENOSPC, f"{needed} bytes needed, {free} free")
 
 # %% ../../nbs/checkpoint/writer.ipynb #db753572
 @patch
