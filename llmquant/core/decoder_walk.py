@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Storage', 'begin', 'climb', 'by_block', 'pass_on', 'deliver', 'record_of', 'restored']
 
-# %% ../../nbs/core/decoder_walk.ipynb #92565376
+# %% ../../nbs/core/decoder_walk.ipynb #ddc48720
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 import torch
 from fastcore.basics import patch
-from torch import Tensor
+from torch import Tensor, nn
 from .activations import Activations
 from .block_source import BlockSource
 from .block_walk import BlockWalk, grids_of, input_grids
@@ -45,7 +45,7 @@ class Storage:
         for path in Path(self.folder).glob("*-*.bin") if self.folder is not None else ():
             if not path.stem.endswith(f"-{index}"): path.unlink()
 
-# %% ../../nbs/core/decoder_walk.ipynb #e59ffe6b
+# %% ../../nbs/core/decoder_walk.ipynb #2b583728
 def begin(
     plan:Plan,            # What to do
     quantizer,            # A configured quantizer
@@ -68,10 +68,23 @@ def begin(
     entry.hidden = [] # they are kept in one place
     in_float = storage.place("float", start) if apart else stream
     suppressed = {index: record["suppressed"] for index, record in done if record.get("suppressed")}
-    return BlockWalk(plan, quantizer, blocks, entry, stream, in_float, storage.place, suppressors=suppressors,
-                     suppressed=suppressed)
+    passes = done[-1][1]["passes"] if done else 0
+    return BlockWalk(plan, quantizer, blocks, entry, stream, in_float, storage.place, passes=passes,
+                     suppressors=suppressors, suppressed=suppressed)
 
-# %% ../../nbs/core/decoder_walk.ipynb #12689104
+# %% ../../nbs/core/decoder_walk.ipynb #1217cd36
+@patch
+def check_block(self:BlockWalk,
+    block:nn.Module, # Filled
+):
+    "`UsageError` for a parameter that holds NaN or infinity."
+    for part in block.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is None or torch.isfinite(parameter.sum()): continue
+            here = f"{self.blocks.names[id(part)]}.{name}"
+            check_finite(self.blocks.adapter.tensor_places(self.blocks.model).get(here) or here, parameter)
+
+# %% ../../nbs/core/decoder_walk.ipynb #a7cea81a
 @patch
 def step(self:BlockWalk,
     index:int,                     # Which block
@@ -79,8 +92,15 @@ def step(self:BlockWalk,
     pairs:tuple,                   # The adapter's smoothing pairs of this block
     last:bool,                     # Whether no later block is quantized
 ) -> tuple[list, dict[str, Tensor], list[Activations]]: # `solve`'s for each Linear, edited parameters, used inputs
-    "Quantize one block and take the streams to its other side."
+    "Quantize one block and take the streams to its other side; the block is empty again whatever happens."
+    try: return self._step(index, plans, pairs, last)
+    finally: self.blocks.empty()
+
+@patch
+def _step(self:BlockWalk, index:int, plans:dict[str, LayerPlan], pairs:tuple, last:bool) -> tuple:
+    "`step`, with the block left filled."
     block = self.blocks.load(index)
+    self.check_block(block)
     used = list({id(s): s for s in (self.stream, self.in_float)}.values())
     apart = self.corrects and not last and (bool(plans) or len(used) > 1)
     in_float = self.next_activations("float", index + 1) if apart else None
@@ -91,7 +111,6 @@ def step(self:BlockWalk,
         find = lambda name: self.blocks.adapter.get_layer_by_name(self.blocks.model, name)
         with input_grids(grids_of(find, found)): self.stream = self.feed(index, block, self.stream, "quantized")
         self.in_float = in_float or self.stream
-    self.blocks.empty()
     return found, values, used
 
 # %% ../../nbs/core/decoder_walk.ipynb #a8f96dca
@@ -139,7 +158,7 @@ def climb(
         tell(index, [result for _, result in found])
     return results
 
-# %% ../../nbs/core/decoder_walk.ipynb #d24f933a
+# %% ../../nbs/core/decoder_walk.ipynb #a69d1842
 def by_block(plan:Plan, adapter) -> dict[int|None, list[str]]:
     "Names of kept tensors by the block they are in; None for those outside."
     found = {}
@@ -147,7 +166,7 @@ def by_block(plan:Plan, adapter) -> dict[int|None, list[str]]:
     return found
 
 def pass_on(plan:Plan, names:Iterable[str], source, sink):
-    "Copy tensors that are not quantized."
+    "Bring tensors that are not quantized to the sink; those that the source presents as edited are told to be."
     for name in names:
         tensor = source.tensor(name)
         check_finite(name, tensor, infinite=True)
