@@ -139,7 +139,7 @@ def inputs(self:BlockSource,
         self.empty()
     return found
 
-# %% ../../nbs/core/block_source.ipynb #d58ed19c
+# %% ../../nbs/core/block_source.ipynb #d319cf33
 @patch
 @torch.no_grad()
 def logits(self:BlockSource,
@@ -156,12 +156,21 @@ def logits(self:BlockSource,
     try:
         for module in decoder.modules():
             if id(module) not in within: self._fill_own(module)
-        self.fill(self.model.get_output_embeddings())
+        self._fill_head(self.model.get_output_embeddings(), embedding, table)
         return self.model(input_ids=compact.to(self.device), use_cache=False).logits
     finally:
         for block in self.blocks: del block.forward
         embedding._parameters["weight"] = table
         self.empty()
+
+# %% ../../nbs/core/block_source.ipynb #9eea9d85
+@patch
+def _fill_head(self:BlockSource, head:nn.Module, embedding:nn.Module, table:nn.Parameter):
+    "Fill the head; where it is tied, with the whole embedding."
+    if head.weight is not table: return self.fill(head)
+    weight = self.read(f"{self.names[id(embedding)]}.weight", table).to(self.device, self.dtype, copy=True)
+    self.lent[head, "weight"] = table
+    head._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
 
 # %% ../../nbs/core/block_source.ipynb #b95db7ce
 @patch

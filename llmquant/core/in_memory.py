@@ -248,7 +248,7 @@ def calibrate_model(
                  suppressors=suppressors)
     climb(walk, sink, None, partial(adapter.smoothing_pairs, model.config.to_dict()))
 
-# %% ../../nbs/core/in_memory.ipynb #bf564fff
+# %% ../../nbs/core/in_memory.ipynb #3b71e419
 def prepare_model(
     model,                 # A transformers model; edited in place
     suppressors:tuple,     # Configured, in order
@@ -262,10 +262,18 @@ def prepare_model(
                 raise UsageError(f"outlier suppressor {suppressor.name} edits the whole model and is named after "
                                  f"{blockwise[-1].name}, which edits block by block; name it first")
             suppressor.apply(model, calibration_data)
+            mark_edited(model, _names(model))
             continue
-        if ensure := getattr(suppressor, "_ensure_vllm_compatibility", None): ensure(model)
+        if ensure := getattr(suppressor, "_ensure_vllm_compatibility", None):
+            before = set(_names(model))
+            ensure(model)
+            mark_edited(model, set(_names(model)) - before)
         blockwise.append(suppressor)
     return tuple(blockwise)
+
+def _names(model) -> list[str]:
+    "What a checkpoint of this model would hold."
+    return list(ModelSource(model, ModelRegistry.for_config(model.config.to_dict())).values)
 
 def needs_range(
     sections:Mapping, # From `options_of`

@@ -1,0 +1,158 @@
+"""Outlier suppressors through both doors: the function stays, the files are right, wrong recipes are refused."""
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import tiny_tokenizer
+import torch
+import yaml
+
+from llmquant import quantize
+from llmquant.core.errors import UsageError
+from llmquant.core.quant_linear import QuantLinear
+from llmquant.core.quantizer_registry import QuantizerRegistry
+from llmquant.evaluation.proof import check_files
+
+TEXT = {"num_samples": 4, "max_length": 48, "batch_size": 2}
+STATIC = {"granularity": "tensor"}
+RECIPES = [  # family, tied, suppressors, method, the rest of the section
+    ("llama", False, "smooth_quant", "minmax", {"activations": 8}),
+    ("llama", True, "rotation", "minmax", {"bits": 4, "group_size": 32}),
+    ("llama", True, "rotation,smooth_quant", "gptq", {"activations": 8}),
+    ("llama", False, "outlier_suppression_v2", "minmax", {"activations": STATIC}),
+    ("qwen2", False, "outlier_suppression_v2", "gptq", {"activations": {**STATIC, "dynamic_range": "mse", "symmetric": False}}),
+    ("qwen3", True, "smooth_quant", "gptq", {"bits": 4, "group_size": 32}),
+    ("deepseek_v3", False, "rotation", "gptq", {"bits": 4, "group_size": 32}),
+    ("llama", False, "smooth_quant", "awq", {"bits": 4, "group_size": 32}),
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    "Tiny checkpoints with a tokenizer, made when they are asked for."
+    made, root = {}, tmp_path_factory.mktemp("checkpoints")
+
+    def get(kind: str, tie: bool = False) -> Path:
+        if (kind, tie) not in made:
+            path = root / f"{kind}-{tie}"
+            tiny.make(kind, path, torch.float16, tie=tie)
+            tiny_tokenizer.save(path)
+            made[kind, tie] = path
+        return made[kind, tie]
+
+    return get
+
+
+def config_of(suppressors, rest):
+    "A recipe as YAML gives it."
+    return {"quantization": {"outlier_suppression": suppressors, **rest}, "calibration": TEXT}
+
+
+@pytest.mark.parametrize("kind, tie, suppressors, method, rest", RECIPES)
+def test_an_export_is_what_the_report_says(checkpoints, tmp_path, kind, tie, suppressors, method, rest):
+    base, out = checkpoints(kind, tie), tmp_path / "out"
+    report = quantize(base, out, method, config=config_of(suppressors, rest))
+    counts = check_files(out, base)
+    assert counts["layers"] == len(report["layers"]) > 10 and counts["float_tensors"] > 4
+    done = report["outlier_suppression"]
+    for name in suppressors.split(","):
+        if name == "rotation":
+            assert 0 < done["change"]["logits"] <= 1e-5 and done["change"]["blocks"] <= 1e-5
+            continue
+        assert len(done["blocks"]) == 2
+        for block in done["blocks"].values(): assert block[name]["edited"] and block[name]["change"] <= 1e-4
+    if tie and "rotation" in suppressors:
+        assert report["config_changes"] == {"tie_word_embeddings": False}
+        assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_a_tensor_that_a_suppressor_edited_is_held_to_its_digest(checkpoints, tmp_path):
+    from safetensors.torch import load_file, save_file
+    base, out = checkpoints("llama"), tmp_path / "out"
+    quantize(base, out, "minmax", config=config_of("smooth_quant", {"activations": 8}))
+    file = next(out.glob("*.safetensors"))
+    tensors = load_file(file)
+    name = next(n for n in tensors if n.endswith("input_layernorm.weight"))
+    tensors[name] = tensors[name] * 2
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(Exception, match=name): check_files(out, base)
+
+
+@pytest.mark.parametrize("kind, tie, suppressors, method, rest", [RECIPES[2], RECIPES[3], RECIPES[5]])
+def test_both_doors_give_the_same_codes(checkpoints, tmp_path, kind, tie, suppressors, method, rest):
+    from transformers import AutoModelForCausalLM
+
+    from llmquant.core.model_registry import ModelRegistry
+    base, out = checkpoints(kind, tie), tmp_path / "out"
+    quantize(base, out, method, config=config_of(suppressors, rest))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    bits, group_size = rest.get("bits", 8), rest.get("group_size", -1)
+    config = config_of(suppressors, {k: v for k, v in rest.items() if k not in ("bits", "group_size")})
+    QuantizerRegistry.get(method)().quantize(model, bits=bits, group_size=group_size, config=config)
+    found = {m.checkpoint_name: m.quantized_weight().digest() for m in model.modules() if isinstance(m, QuantLinear)}
+    report = yaml.safe_load((out / "quantization_report.yaml").read_text())
+    if "rotation" not in suppressors:  # a model in memory keeps rotated weights in its own dtype, a checkpoint in float32
+        assert found == report["proof"]["digests"]
+    ModelRegistry.for_config(model.config.to_dict()).save_quantized(model, tmp_path / "saved", source=base)
+    assert check_files(tmp_path / "saved", base)["layers"] == len(found) == len(report["layers"])
+
+
+def test_statistics_are_those_of_the_suppressed_block(checkpoints):
+    "What the quantizer is given after an edit equals a measurement of the edited model."
+    from llmquant.core.quantizer_registry import BaseQuantizer
+    from llmquant.core.qtensor import round_to_grid
+    seen = {}
+
+    class Looking(BaseQuantizer):
+        name, data_free = "looking", False
+        def needed_statistics(self): return ("hessian", "maxima")
+        def quantize_weight(self, weight, stats, scheme):
+            seen.setdefault(len(seen), (weight.clone(), stats.hessian.clone(), stats.maxima.clone()))
+            return round_to_grid(weight, scheme)
+
+    model, tokens = tiny.build("llama", torch.float32), torch.randint(3, 512, (4, 32))
+    plain = tiny.build("llama", torch.float32)
+    from llmquant.outlier_suppression.smooth_quant import SmoothQuantSuppressor
+    section = {"quantization": {"outlier_suppression": "smooth_quant", "activations": 8}}
+    Looking().quantize(model, bits=8, group_size=-1, calibration_data=tokens, target_layers=[0], layer_wise=True, config=section)
+    joint = dict(seen)
+    seen.clear()
+    from llmquant.core.block_walk import BlockWalk  # noqa: F401
+    SmoothQuantSuppressor().configure({}).apply(plain, tokens)
+    Looking().quantize(plain, bits=8, group_size=-1, calibration_data=tokens, target_layers=[0], layer_wise=True)
+    assert joint.keys() == seen.keys() and len(seen) == 7
+    for place, parts in seen.items():
+        for ours, theirs in zip(joint[place], parts): torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+WRONG = [
+    ("smooth_quant", {"smooth_quant": {"alpha": 1.5}}, "alpha"),
+    ("smooth_quant", {"smooth_quant": {"alfa": .5}}, "did you mean"),
+    ("smooth_quant", {"bits": 16}, "bits 16"),
+    ("smoth_quant", {}, "unknown outlier suppressor"),
+    ("smooth_quant", {"activations": {"granularity": "tensor", "dynamic": True}}, "tensor"),
+    ("smooth_quant", {"activations": 8, "bits": 4, "group_size": -1}, "quantizes"),
+    ("smooth_quant", {"activations": {"bits": 8, "granuralty": "token"}}, "did you mean"),
+]
+
+
+@pytest.mark.parametrize("suppressors, rest, says", WRONG)
+def test_wrong_recipes_are_refused_before_any_work(checkpoints, tmp_path, suppressors, rest, says):
+    with pytest.raises(UsageError, match=says) as caught:
+        quantize(checkpoints("llama"), tmp_path / "out", "minmax", config=config_of(suppressors, rest))
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def test_an_architecture_without_pairs_is_refused_by_name(checkpoints, tmp_path):
+    path = tmp_path / "model"
+    tiny.make("gemma2", path, torch.bfloat16)
+    tiny_tokenizer.save(path)
+    with pytest.raises(UsageError, match="smooth_quant needs smoothing pairs.*gemma2"):
+        quantize(path, tmp_path / "out", "minmax", config=config_of("smooth_quant", {"activations": 8}))
+
+
+def test_an_export_cannot_be_smoothed_again(checkpoints, tmp_path):
+    quantize(checkpoints("llama"), tmp_path / "out", "minmax", config=config_of("smooth_quant", {"activations": 8}))
+    with pytest.raises(UsageError, match="already quantized"):
+        quantize(tmp_path / "out", tmp_path / "again", "minmax", config=config_of("smooth_quant", {"activations": 8}))
