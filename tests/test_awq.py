@@ -151,7 +151,7 @@ def test_errors_name_the_pair_and_the_adapters():
     with pytest.raises(UsageError, match=said):
         walk.quantizer.prepare_block(view)
     view.pairs = ()
-    with pytest.raises(UsageError, match="no smoothing pairs are known for block 0.*deepseek, llama, qwen"):
+    with pytest.raises(UsageError, match="no smoothing pairs are known for block 0.*deepseek, .*llama, .*qwen"):
         walk.quantizer.prepare_block(view)
     AWQQuantizer().configure({"n_grid": 0}).prepare_block(view)
     assert not view.edited

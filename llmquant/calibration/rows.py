@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['CONVERSATIONS', 'choose_column', 'as_messages', 'conversation_text', 'Seen', 'row_text', 'text_of']
 
-# %% ../../nbs/calibration/rows.ipynb #05f0e283
+# %% ../../nbs/calibration/rows.ipynb #32c4b840
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .text import slices
@@ -31,7 +31,7 @@ def choose_column(
     raise UsageError(f"{where}: has no column {named} but {', '.join(map(str, row)) or 'none at all'}; name the one "
                      f"with the text in calibration.column{closest(column, row) if column else ''}")
 
-# %% ../../nbs/calibration/rows.ipynb #b049b99d
+# %% ../../nbs/calibration/rows.ipynb #07e75831
 _ROLES = {"human": "user", "gpt": "assistant"}
 
 
@@ -48,6 +48,9 @@ def as_messages(
             turn = {"role": _ROLES.get(turn["from"], turn["from"]), "content": turn["value"]}
         if not isinstance(turn, dict) or not isinstance(turn.get("role"), str) or "content" not in turn:
             raise UsageError(f"{where} has the turn {str(turn)[:60]}; give each turn a role and its content")
+        if turn["content"] is None and not turn.get("tool_calls"):
+            raise UsageError(f"{where} has a turn of the role {turn['role']} whose content is null; leave such rows "
+                             "out, or write its text")
         messages.append(turn)
     return messages
 
@@ -68,13 +71,14 @@ def conversation_text(
     except (TemplateError, TypeError, ValueError) as error:
         raise UsageError(f"{where}: the model's chat template refuses it ({error}); leave such rows out") from None
 
-# %% ../../nbs/calibration/rows.ipynb #e7e3a570
+# %% ../../nbs/calibration/rows.ipynb #3d2eee25
 @dataclass
 class Seen:
     "What was read so far."
     rows: int = 0  # 0 for a plain text
     column: str = ""  # where the text was; empty for a plain text
     conversation: str = ""  # the first one, as the template wrote it; empty when there was none
+    written: bool = field(default=False, compare=False)  # whether there was anything but white space
 
 # %% ../../nbs/calibration/rows.ipynb #67f9660a
 def row_text(
@@ -98,7 +102,7 @@ def row_text(
                          "column with text or conversations in calibration.column")
     return value if not value or value.endswith("\n") else value + "\n\n"
 
-# %% ../../nbs/calibration/rows.ipynb #066a0148
+# %% ../../nbs/calibration/rows.ipynb #3df3a4d5
 def text_of(
     items: Iterable[str | dict],  # pieces of plain text, or rows
     tokenizer: Any,  # the model's; only conversations need it
@@ -111,11 +115,13 @@ def text_of(
         if isinstance(item, str):
             if column is not None:
                 raise UsageError(f"{where}: is plain text and has no column {column}; leave calibration.column out")
+            seen.written = seen.written or bool(item.strip())
             yield item
             continue
         seen.rows += 1
         seen.column = seen.column or choose_column(item, column, where)
         text = row_text(item, tokenizer, seen, where) or ""
+        seen.written = seen.written or bool(text.strip())
         try:
             text.encode()
         except UnicodeEncodeError:

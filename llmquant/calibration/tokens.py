@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['MARGIN', 'load_tokenizer', 'inference_prefix', 'conversation_prefix', 'first_tokens', 'cut_windows', 'refuse_short',
-           'refuse_foreign']
+           'refuse_foreign', 'longest_window', 'check_length']
 
-# %% ../../nbs/calibration/tokens.ipynb #d9420ac2
+# %% ../../nbs/calibration/tokens.ipynb #461b33d1
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,3 +125,31 @@ def refuse_foreign(
     if reach > vocab_size or windows.min() < 0:
         raise UsageError(f"{where}: the tokenizer has ids up to {reach - 1}, and the model's vocab_size is "
                          f"{vocab_size}; use the model's own tokenizer")
+
+# %% ../../nbs/calibration/tokens.ipynb #e7caa02f
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")
+_STRETCHED = ("linear", "dynamic", "yarn")
+
+
+def longest_window(
+    config: Mapping,  # config.json, parsed
+) -> int | None:  # None where it does not say
+    "How many tokens the model has positions for."
+    text = config.get("text_config") or config
+    known = next((text[name] for name in _POSITIONS if isinstance(text.get(name), int) and text[name] > 0), None)
+    rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
+    kind = rope.get("rope_type") or rope.get("type") if isinstance(rope, Mapping) else None
+    if known is None or kind not in _STRETCHED:
+        return known
+    return max(known, int((rope.get("original_max_position_embeddings") or known) * (rope.get("factor") or 1)))
+
+
+def check_length(
+    length: int,  # tokens in a window
+    config: Mapping,  # config.json, parsed
+    where: str,  # what asks for them
+):
+    "`UsageError` for windows that are longer than the model has positions."
+    if (longest := longest_window(config)) is not None and length > longest:
+        raise UsageError(f"{where}: windows of {length} tokens, and the model has positions for {longest} "
+                         f"(max_position_embeddings); use {longest} or less")
