@@ -11,8 +11,9 @@ from llmquant.checkpoint.source import CheckpointSource
 from llmquant.core.block_source import for_checkpoint
 from llmquant.core.edited_source import shapes_of
 from llmquant.core.errors import UsageError
+from llmquant.core.hadamard import hadamard_factor, paley
 from llmquant.core.model_registry import ModelRegistry
-from llmquant.core.rotation import hadamard_factor, make_rotation, paley
+from llmquant.core.rotation import make_rotation
 from llmquant.models.base_adapter import BaseHuggingFaceAdapter
 from llmquant.models.deepseek_adapter import DeepSeekAdapter
 from llmquant.models.layernorm_adapters import GPTNeoXAdapter, OPTAdapter
