@@ -240,8 +240,8 @@ def quantize(
     given = {"model_path": str(path), "output_path": str(out), "method": method, "device_map": device, **keys}
     return run(resolve(given, config=config, origin="call"))
 
-# %% ../nbs/pipeline.ipynb #f2eaf9cb
-PACKED = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "qweight", "qzeros", "scales", "g_idx")
+# %% ../nbs/pipeline.ipynb #97c0d77e
+PACKED = ("input_scale", "input_zero_point", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "qweight", "qzeros", "scales", "g_idx")
 
 def count_parameters(
     source:CheckpointSource, # A checkpoint or an export of ours
@@ -252,9 +252,11 @@ def count_parameters(
     if not packed: return plain
     report = Path(source.path) / REPORT
     if not report.exists(): return None
-    try: layers = yaml.safe_load(report.read_text(encoding="utf-8"))["layers"].values()
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError): return None # damaged: verify says how
-    return plain + sum(prod(l["shape"]) for l in layers)
+    try: layers = yaml.safe_load(report.read_text(encoding="utf-8"))["layers"]
+    except (yaml.YAMLError, KeyError, TypeError): return None # damaged: verify says how
+    if not isinstance(layers, dict): return None
+    bytewise = sum(prod(i.shape) for n, i in source.tensors.items() if n.removesuffix(".weight") in layers)
+    return plain - bytewise + sum(prod(l["shape"]) for l in layers.values())
 
 # %% ../nbs/pipeline.ipynb #06248f24
 def info(

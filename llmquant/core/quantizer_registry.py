@@ -17,7 +17,7 @@ from .qtensor import QuantizedWeight
 from .registry import Registry
 from .scheme import QuantScheme, scheme_for
 
-# %% ../../nbs/core/quantizer_registry.ipynb #fccc76cf
+# %% ../../nbs/core/quantizer_registry.ipynb #33186618
 class BaseQuantizer:
     "One quantization method; subclasses write `quantize_weight`, or the guide's `quantize`."
     name = ""                                # Overridden by the class or in its constructor
@@ -25,6 +25,7 @@ class BaseQuantizer:
     supported_bits = (2, 3, 4, 8, 16)        # 16 leaves the model as it is
     supported_group_sizes = (32, 64, 128, 256) # The usual ones; any that divides in_features works
     data_free = True                         # Whether it looks at weights alone
+    floats = False                           # Whether it knows grids of FP8 numbers, too
     stacks_rows = False                      # Rows do not see each other: Linears with one input may be stacked
     settings = MappingProxyType({})          # The options' values, set by `configure`
     activations = None                       # An `ActivationScheme` when inputs go on a grid too; the recipe's
@@ -103,7 +104,7 @@ def check_bits(self:BaseQuantizer,
         raise UsageError(f"bits {bits!r} is not supported by {self.name}; "
                          f"use one of {', '.join(map(str, self.get_supported_bits()))}")
 
-# %% ../../nbs/core/quantizer_registry.ipynb #4b8573c5
+# %% ../../nbs/core/quantizer_registry.ipynb #83ce98ea
 @patch
 def make_scheme(self:BaseQuantizer,
     bits:int,                # Width; must be a supported one below 16
@@ -115,6 +116,8 @@ def make_scheme(self:BaseQuantizer,
     s = self.settings or self.configure({}).settings
     kwargs = {"symmetric": s["symmetric"], "scale_dtype": scale_dtype, "range_rule": s.get("dynamic_range", "minmax")}
     if "percentile" in s: kwargs["percentile"] = s["percentile"]
+    if self.activations is not None and self.activations.type == "float" and not self.floats:
+        raise UsageError(f"method {self.name} has no grid of FP8 numbers; use --method minmax, or activations of type int")
     if self.activations is not None:
         kwargs |= {"activations": self.activations, "scale_dtype": torch.float32, # what vLLM's 8-bit kernels read
                    "type": self.activations.type}

@@ -14,10 +14,11 @@ from ..core.scheme import RANGE_RULES, QuantScheme
 from torch import Tensor
 from typing import Any
 
-# %% ../../nbs/quantizers/minmax_quantizer.ipynb #da3bd165
+# %% ../../nbs/quantizers/minmax_quantizer.ipynb #4dd12a6c
 class MinMaxQuantizer(BaseQuantizer):
     "Round to nearest; needs no calibration data."
     name = "minmax"
+    floats = True
     options = (
         SYMMETRIC,
         Option("per_channel", bool, False, "with group_size 0: one scale per output channel instead of one per tensor"),
