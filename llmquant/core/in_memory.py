@@ -191,7 +191,7 @@ def sections_of(
                          "the key out, or quantize the folder (llmquant.quantize)")
     return {"model": model, "calibration": read_section(config.get("calibration") or {})}
 
-# %% ../../nbs/core/in_memory.ipynb #35a4df96
+# %% ../../nbs/core/in_memory.ipynb #96b1305d
 _OF_FILES = ("bits", "group_size", "method", "outlier_suppression", "layer_wise", "seed", "layers")
 
 def options_of(
@@ -236,7 +236,8 @@ def check_call(
                          "target_layers=[0, 1]")
     check_value(Option("seed", int, 0, minimum=0, maximum=2**32 - 1), section.get("seed", 0), "quantization.seed")
     components = [method, *QuantizerRegistry.list_quantizers(), *OutlierSuppressionRegistry.list_suppressors()]
-    known_keys([key for key, value in section.items() if isinstance(value, Mapping)], components, "quantization")
+    found = [key for key, value in section.items() if isinstance(value, Mapping) and key != "activations"]
+    known_keys(found, [*dict.fromkeys(components)], "quantization")
 
 # %% ../../nbs/core/in_memory.ipynb #fa50c24e
 def check_model(
