@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -114,28 +115,190 @@ def test_target_layers_and_overrides(checkpoints, tmp_path):
     assert report["calibration"]["passes_over_each_block"] < 2  # nothing runs behind the last quantized block
 
 
-@pytest.mark.parametrize("damage, says", [(float("nan"), "gives NaN or infinity")])
-def test_a_broken_block_is_named(checkpoints, tmp_path, damage, says):
+def changed(path, source, **values):
+    "A copy of a checkpoint in which the middle of some tensors is another one."
     from safetensors.torch import load_file, save_file
-    path = tmp_path / "model"
-    tiny.make("llama", path, torch.float16, layers=3)
-    tiny_tokenizer.save(path)
+    shutil.copytree(source, path)
     tensors = load_file(path / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][:] = damage
-    tensors["model.layers.1.mlp.gate_proj.weight"][:] = damage
+    for name, value in values.items(): tensors[name].flatten()[1000:1003] = value
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UsageError, match=says) as error:
-        quantize(path, tmp_path / "out", "gptq", bits=4, group_size=32, **KEYS)
-    assert "layers.1" in str(error.value) or "block 1" in str(error.value)
+    return path
+
+
+@pytest.mark.parametrize("name", ["mlp.up_proj", "input_layernorm", "self_attn.o_proj"])
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_a_broken_tensor_is_named(checkpoints, tmp_path, name, method):
+    from safetensors.torch import load_file, save_file
+    path = changed(tmp_path / "model", checkpoints("llama", 6))
+    tensors = load_file(path / "model.safetensors")
+    tensors[f"model.layers.1.{name}.weight"].view(-1)[5:8] = float("inf")
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    size = tensors[f"model.layers.1.{name}.weight"].numel()
+    said = f"tensor model.layers.1.{name}.weight: 3 of {size} values are NaN or infinite"
+    with pytest.raises(UsageError, match=said) as error:
+        quantize(path, tmp_path / "out", method, bits=4, group_size=32, **KEYS)
+    note, = error.value.__notes__
+    assert "1 finished block kept in" in note and "the same command goes on" not in note
+
+
+def test_another_model_with_the_same_ends_does_not_go_on(checkpoints, tmp_path, monkeypatch):
+    "What differs is in the middle of one tensor of a finished block."
+    path, out = checkpoints("llama", 6), tmp_path / "out"
+    stopped(monkeypatch, path, out, 3, bits=4, group_size=32)
+    other = changed(tmp_path / "other", path, **{"model.layers.1.self_attn.q_proj.weight": 0.5})
+    said = "3 finished blocks of another model .tensor model.layers.1.self_attn.q_proj.weight is not what"
+    with pytest.raises(UsageError, match=said) as error:
+        quantize(other, out, "gptq", bits=4, group_size=32, **KEYS)
+    assert "--no-resume" in str(error.value) and not hasattr(error.value, "__notes__")
+    # the same bytes at another path go on, and so does a model that differs in what is still to come
+    later = changed(tmp_path / "later", path, **{"model.layers.4.self_attn.q_proj.weight": 0.5})
+    report = quantize(later, out, "gptq", bits=4, group_size=32, **KEYS)
+    assert report["resumed"]["at_block"] == 3 and report["resumed"]["seconds_before"]["cpu"] > 0
+    quantize(later, tmp_path / "whole", "gptq", bits=4, group_size=32, **KEYS)
+    assert bytes_of(out) == bytes_of(tmp_path / "whole")
+
+
+def test_a_resumed_report_counts_all_passes(checkpoints, tmp_path, monkeypatch):
+    path, out = checkpoints("llama", 6), tmp_path / "out"
+    whole = quantize(path, tmp_path / "whole", "gptq", bits=4, group_size=32, **KEYS)
+    stopped(monkeypatch, path, out, 4, bits=4, group_size=32)
+    same = shutil.copytree(path, tmp_path / "elsewhere")
+    report = quantize(same, out, "gptq", bits=4, group_size=32, **KEYS)
+    assert "resumed" not in whole and report["resumed"]["at_block"] == 4
+    # a resumed run looks once more which Linears share an input
+    once = report["calibration"]["passes_over_each_block"] - whole["calibration"]["passes_over_each_block"]
+    assert 0 <= once <= 0.1
+    assert bytes_of(out) == bytes_of(tmp_path / "whole")
+
+
+def test_another_tokenizer_does_not_go_on(checkpoints, tmp_path, monkeypatch):
+    "Other tokens are another calibration."
+    path, out = checkpoints("llama", 6), tmp_path / "out"
+    stopped(monkeypatch, path, out, 3, bits=4, group_size=32)
+    other = shutil.copytree(path, tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    a, e = (next(n for n in vocabulary if n == letter) for letter in "ae")
+    vocabulary[a], vocabulary[e] = vocabulary[e], vocabulary[a]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UsageError, match="calibration: .*--no-resume"):
+        quantize(other, out, "gptq", bits=4, group_size=32, **KEYS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, UsageError])
+def test_a_failed_run_leaves_a_model_in_memory_as_it_was(monkeypatch, method, error, dtype):
+    from llmquant.core.block_walk import BlockWalk
+    model, solve = tiny.build("llama", dtype), BlockWalk.solve
+    before = {name: (p, p.clone()) for name, p in model.state_dict(keep_vars=True).items()}
+    kinds = {name: type(module) for name, module in model.named_modules()}
+
+    def failing(self, modules, plans, stats):
+        if any("layers.1.mlp.down" in name for name in modules): raise error("in the last group of block 1")
+        return solve(self, modules, plans, stats)
+
+    monkeypatch.setattr(BlockWalk, "solve", failing)
+    with pytest.raises(error):
+        QuantizerRegistry.get(method)().quantize(model, bits=4, group_size=32,
+                                                 calibration_data=torch.randint(3, 512, (4, 32)))
+    after = model.state_dict(keep_vars=True)
+    assert after.keys() == before.keys() and {n: type(m) for n, m in model.named_modules()} == kinds
+    for name, (parameter, value) in before.items():
+        assert after[name] is parameter and torch.equal(parameter, value) and parameter.dtype == value.dtype
+    assert not getattr(model, "edited_tensors", None) and not getattr(model.config, "quantization_config", None)
+
+
+def test_windows_beyond_the_models_positions(checkpoints, tmp_path):
+    path = checkpoints("llama")
+    said = "calibration.max_length: windows of 513 tokens, and the model has positions for 512"
+    with pytest.raises(UsageError, match=said):
+        quantize(path, tmp_path / "out", "gptq", group_size=32, **{**KEYS, "calibration.max_length": 513})
+    keys = {name: value for name, value in KEYS.items() if name != "calibration.max_length"}
+    facts = quantize(path, tmp_path / "out", "gptq", bits=4, group_size=32, **keys)["calibration"]
+    assert facts["max_length"] == 512 and facts["max_length_because"].startswith("2048 by default")
+    model, run = tiny.build("llama"), QuantizerRegistry.get("gptq")().quantize
+    for tokens, said in ((torch.zeros(1, 513).long(), "calibration_data: windows of 513 tokens.*positions for 512"),
+                         (torch.full((1, 8), 512), "has ids up to 512, and the model's vocab_size is 512")):
+        with pytest.raises(UsageError, match=said): run(model, bits=4, group_size=32, calibration_data=tokens)
+
+
+def test_self_in_memory_is_the_model_at_hand(monkeypatch, tmp_path):
+    "No folder is asked for its tokenizer, not even the working directory."
+    tiny_tokenizer.save(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    config = {"calibration": {"dataset": "self", "num_samples": 2, "max_length": 16}}
+    model = tiny.build("llama")
+    assert not model.name_or_path
+    QuantizerRegistry.get("gptq")().quantize(model, bits=4, group_size=32, config=config)
+    assert sum(isinstance(m, QuantLinear) for m in model.modules()) == 14
+    with pytest.raises(UsageError, match="gptq measures activations and the model does not say which folder"):
+        QuantizerRegistry.get("gptq")().quantize(tiny.build("llama"), bits=4, group_size=32)
+
+
+def test_self_is_written_by_the_distribution_itself(checkpoints, tmp_path):
+    "A generation_config.json that allows one token only, and a start of one's own, changes nothing."
+    keys = {**KEYS, "calibration.dataset": "self", "bits": 4, "group_size": 32}
+    told = shutil.copytree(checkpoints("llama"), tmp_path / "told")
+    (told / "generation_config.json").write_text(json.dumps({
+        "do_sample": True, "temperature": 0.01, "top_k": 1, "repetition_penalty": 5.0, "max_length": 4}))
+    prints = [quantize(path, tmp_path / f"out-{n}", "gptq", **keys)["calibration"]["fingerprint"]
+              for n, path in enumerate((checkpoints("llama"), told))]
+    assert prints[0] == prints[1]
+
+
+def test_the_output_folder_is_looked_at_first(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").touch()
+    with pytest.raises(UsageError, match="full: is not empty"):
+        quantize(tmp_path / "no-model", tmp_path / "full", "gptq", bits=4)
+    from llmquant.pipeline import check
+    from llmquant.utils.config import resolve
+    with pytest.raises(UsageError, match="full: is not empty"):
+        check(resolve({"model_path": str(tmp_path / "no-model"), "output_path": str(tmp_path / "full")}))
+
+
+MEASURED = """
+import json, resource, sys
+from llmquant.pipeline import quantize
+out, path, keys = sys.argv[1:]
+report = quantize(path, out, "gptq", bits=4, group_size=32, device="cpu", **json.loads(keys))
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+print(json.dumps([peak, report["memory"]["predicted_peak_mib"], report["calibration"]["hidden_states"]]))
+"""
+
+
+@pytest.mark.parametrize("ceiling", [False, True])
+def test_the_predicted_peak_is_the_measured_one(tmp_path, ceiling):
+    "Windows of 4096 tokens, four at a time; under a ceiling hidden states go to files and the peak stays below it."
+    tiny.make("llama", tmp_path / "model", torch.float16, layers=2, max_position_embeddings=4096, hidden_size=256,
+              intermediate_size=1024)
+    tiny_tokenizer.save(tmp_path / "model")
+    keys = {"calibration.num_samples": 8, "calibration.max_length": 4096, "calibration.batch_size": 2}
+
+    def run(name, **more):
+        done = subprocess.run([sys.executable, "-c", MEASURED, tmp_path / name, tmp_path / "model",
+                               json.dumps(keys | more)], capture_output=True, text=True,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+        return json.loads(done.stdout.splitlines()[-1]) if not done.returncode else done.stderr
+
+    peak, predicted, where = run("out")
+    print(peak, predicted, where)
+    assert 0.95 * peak < predicted < 1.2 * peak and where == "in memory, and in files for resuming"
+    if not ceiling: return
+    allowed = predicted - 20
+    peak, predicted, where = run("under", max_memory=f"{allowed}MiB")
+    print(peak, predicted, where)
+    assert peak <= allowed and where == "in files"
 
 
 def test_a_ceiling_is_kept_or_refused(checkpoints, tmp_path):
     path = checkpoints("llama")
-    with pytest.raises(UsageError, match="max_memory 0.15 GB is too little: this run takes"):
+    with pytest.raises(UsageError, match="max_memory 143 MiB is too little: this run takes [0-9]+ MiB"):
         quantize(path, tmp_path / "out", "gptq", bits=4, group_size=32, max_memory="150MB", **KEYS)
     assert not (tmp_path / "out").exists()
     plenty = quantize(path, tmp_path / "out", "gptq", bits=4, group_size=32, max_memory="8GB", **KEYS)
-    assert plenty["calibration"]["hidden_states"] == "in memory"
+    assert plenty["calibration"]["hidden_states"] == "in memory, and in files for resuming"
 
 
 def test_self_writes_its_own_text(checkpoints, tmp_path):

@@ -64,7 +64,7 @@ def _method_options(
     theirs = {f"{n}.{o.name}": values.get((n, o.name), o.default) for n in suppressors for o in options_of(n)}
     return mine, theirs, won
 
-# %% ../../nbs/utils/config.ipynb #9a1dcca3
+# %% ../../nbs/utils/config.ipynb #5b396b01
 def _unknown_option(
     setting:Setting,        # The one that no method declares
     method:str,             # The method it was read for
@@ -73,10 +73,12 @@ def _unknown_option(
     "The error for a key that is neither the recipe's nor the method's."
     section = setting.path.partition(".")[0]
     if section != "quantization": return unknown_key(setting, f"a key of {section}")
+    known = ", ".join(option.name for option in options_of(method)) or "it has none"
     if setting.method:
-        return unknown_key(setting, f"an option of {method}", [f"{section}.{method}.{name}" for name in spellings])
+        return unknown_key(setting, f"an option of {method} ({known})",
+                           [f"{section}.{method}.{name}" for name in spellings])
     names = *spellings, *QuantizerRegistry.list_quantizers(), *OutlierSuppressionRegistry.list_suppressors()
-    what = (f"a key of quantization, an option of {method} or a registered method or suppressor "
+    what = (f"a key of quantization, an option of {method} ({known}) or a registered method or suppressor "
             f"({', '.join(names[len(spellings):])})")
     return unknown_key(setting, what, [f"{section}.{name}" for name in names])
 
