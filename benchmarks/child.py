@@ -121,7 +121,31 @@ def gptqmodel(options, tokens, base):
     return quantize, weights
 
 
-LIBRARIES = {f.__name__: f for f in (llmquant, llmcompressor, autoround, hqq, gptqmodel)}
+def products(options, tokens, base):
+    "What no GPTQ that walks the blocks can do without: two forward passes, and X'X of each Linear's input once."
+    import torch
+
+    inputs = {"q_proj", "o_proj", "gate_proj", "down_proj"}  # k, v and up read what one of these reads
+
+    def quantize(model):
+        def see(module, args):
+            x = args[0].reshape(-1, args[0].shape[-1])
+            module.square = x.T @ x
+
+        linears = [m for n, m in model.named_modules() if n.rpartition(".")[2] in inputs]
+        with torch.no_grad():
+            for hooked in (True, False):
+                handles = [m.register_forward_pre_hook(see) for m in linears if hooked]
+                for batch in torch.from_numpy(tokens).split(BATCH):
+                    model.model(batch, use_cache=False)
+                for handle in handles:
+                    handle.remove()
+        return model
+
+    return quantize, lambda model: {}
+
+
+LIBRARIES = {f.__name__: f for f in (llmquant, llmcompressor, autoround, hqq, gptqmodel, products)}
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------

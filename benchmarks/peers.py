@@ -38,6 +38,7 @@ PLAIN, SEARCH = ({"method": "gptq", "dynamic_range": rule, "propagate": 0.0} for
 BOTH = {**SEARCH, "propagate": 0.25}
 STEPS = {"iters": 50, "batch_size": 2}
 REFERENCE = "llm-compressor GPTQ"
+FLOOR = "two forward passes and the Hessians alone"
 
 
 def all_rows():
@@ -45,6 +46,7 @@ def all_rows():
     ours = "llmquant GPTQ, {}".format
     plain, search, both = map(ours, ("minmax ranges", "range search", "range search, propagate 0.25"))
     names = [
+        (FLOOR, "products", 4, {}),
         (plain, "llmquant", 4, PLAIN),
         (REFERENCE, "llmcompressor", 4, {}),
         (plain, "llmquant", 4, PLAIN),
@@ -76,7 +78,7 @@ def all_rows():
 # --- environments -----------------------------------------------------------------------------------------------------
 def python_of(peer, folder):
     "The interpreter that has this library; ours is the one that runs this script."
-    return Path(sys.executable) if peer == "llmquant" else folder / peer / "bin" / "python"
+    return Path(sys.executable) if peer in ("llmquant", "products") else folder / peer / "bin" / "python"
 
 
 def install(peer, folder):
@@ -114,7 +116,7 @@ def run_child(row, given, base, tokens):
     out.unlink(missing_ok=True)
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | ONE_THREAD | QUIET
     environment |= PEERS.get(library, ([], {}))[1]
-    if library == "llmquant":
+    if library in ("llmquant", "products"):
         environment["PYTHONPATH"] = str(ROOT)
     command = [*shlex.split(given.prefix), python_of(library, given.environments), ROOT / "benchmarks/child.py", library, base, tokens, out]
     log = given.environments / f"{re.sub(r'[^a-zA-Z0-9]+', '-', name)}.log"
@@ -154,7 +156,7 @@ def measure(row, given, bench, tokens, results, session):
     found, file = run_child(row, given, bench.base, tokens)
     if found is None:
         return file
-    found["perplexity"] = perplexity_of(bench, found, file, results)
+    found["perplexity"] = perplexity_of(bench, found, file, results) if library != "products" else None
     file.unlink()
     results.add(name=name, library=library, options=options, session=session, **found)
 
@@ -175,7 +177,7 @@ def table(results):
     heads = "", "CPU s", "ratio", "MiB above call", "above imports", "perplexity", "GFLOP/s before", "after"
     lines = [heads] + [
         (row["name"], f"{row['cpu_seconds']:.1f}", ratio(row, rows), str(row["peak_mib_above_call"]),
-         str(row["peak_mib_above_imports"]), f"{row['perplexity']:.3f}", str(row["gflops_before"]),
+         str(row["peak_mib_above_imports"]), f"{row['perplexity']:.3f}" if row["perplexity"] else "-", str(row["gflops_before"]),
          str(row["gflops_after"]))
         for name, *_ in all_rows() for row in rows if row["name"] == name
     ]  # fmt: skip
