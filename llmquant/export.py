@@ -113,7 +113,7 @@ def to_yaml(report:dict) -> str:
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
     return yaml.dump(report, Dumper=dumper, sort_keys=False, allow_unicode=True, width=160)
 
-# %% ../nbs/export.ipynb #97701bf5
+# %% ../nbs/export.ipynb #c0000eaa
 def write_export(
     plan:Plan,             # What to do; `check_servable` has passed
     adapter,               # Of this model
@@ -140,6 +140,8 @@ def write_export(
         writer.write_json("config.json", exported)
         if plan.quantized: adapter._save_vllm_config(ExportedModel(exported, plan.dtype), writer.folder)
         seconds = {"wall": round(time.perf_counter() - start, 3), "cpu": round(time.process_time() - cpu, 3)}
+        for kind, more in facts.get("resumed", {}).get("seconds_before", {}).items():
+            seconds[kind] = round(seconds[kind] + more, 3)
         report = make_report(plan, results, promises_step, {**facts, "seconds": seconds})
         if sink.edited: report["proof"]["edited"] = dict(sink.edited)
         writer.write_text(REPORT, to_yaml(report))

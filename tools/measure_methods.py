@@ -21,9 +21,9 @@ from pathlib import Path
 
 from measure import CONTEXT, ROOT, Bench, Results, machine, unfolded
 
-PLAIN = {"dynamic_range": "minmax", "propagate": 0.0}
-SEARCH = {"dynamic_range": "mse", "propagate": 0.0}
-BOTH = {"dynamic_range": "mse", "propagate": 0.25}
+PLAIN = {"dynamic_range": "minmax", "propagate": 0.0, "desc_act": False}
+SEARCH = {"dynamic_range": "mse", "propagate": 0.0, "desc_act": False}
+BOTH = {"dynamic_range": "mse", "propagate": 0.25, "desc_act": False}
 GPTQ = {"minmax ranges": PLAIN, "range search": SEARCH, "range search, propagate 0.25": BOTH}
 CALLED = {"wikitext2_test.raw": "wikitext-2 test", "wikitext2_valid.raw": "wikitext-2 valid"} # what files hold; others keep their names
 OTHER = ("minmax ranges", "range search, propagate 0.25")

@@ -69,7 +69,7 @@ def apart(
     "||one - other|| / ||other||."
     return float((one - other).norm() / other.norm().clamp(min=1e-30))
 
-# %% ../../nbs/core/suppress.ipynb #1b62c3b4
+# %% ../../nbs/core/suppress.ipynb #47213875
 @torch.no_grad()
 def compare_sources(
     before:BlockSource, after:BlockSource, # The decoder as it was, and as it is presented
@@ -82,8 +82,8 @@ def compare_sources(
     streams, worst = [entry.hidden[0] for entry in entries], 0.
     for index in range(len(before)):
         for side, (decoder, entry) in enumerate(zip((before, after), entries)):
-            streams[side] = entry.call(index, decoder.load(index), streams[side])
-            decoder.empty()
+            try: streams[side] = entry.call(index, decoder.load(index), streams[side])
+            finally: decoder.empty()
         worst = max(worst, _hold(apart(streams[1], change(streams[0])), f"block {index}", name))
     logits = [decoder.logits(tokens, stream) for decoder, stream in zip((before, after), streams)]
     return {"blocks": worst, "logits": _hold(apart(logits[1], logits[0]), "the logits", name)}
@@ -94,7 +94,7 @@ def _hold(moved:float, where:str, name:str) -> float:
     raise UsageError(f"{name} changed the model's function before anything was quantized: {where} by {moved:.1e}, and "
                      f"at most {SAME_FUNCTION:.0e} is rounding; the adapter's sites do not fit this model")
 
-# %% ../../nbs/core/suppress.ipynb #035f9dac
+# %% ../../nbs/core/suppress.ipynb #c0ddcf50
 class _Planner(BaseQuantizer):
     "Plans a grid and never uses it."
     activations = ActivationScheme()
@@ -121,6 +121,7 @@ def suppress_model(
     try:
         for index in range(len(walk.blocks)): _suppress_block(walk, index, changed)
     except BaseException:
+        walk.blocks.empty()
         for parameter, old in reversed(changed): parameter.copy_(old)
         raise
     return model
