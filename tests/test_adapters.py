@@ -14,12 +14,13 @@ from safetensors import safe_open
 from llmquant.core.model_registry import ModelRegistry
 from llmquant.models.base_adapter import BaseHuggingFaceAdapter, explain
 from llmquant.models.deepseek_adapter import DeepSeekAdapter
+from llmquant.models.layernorm_adapters import GPTNeoXAdapter, OPTAdapter
 from llmquant.models.llama_adapter import LlamaAdapter
 from llmquant.models.qwen_adapter import QwenAdapter
 
 FAMILIES = {"llama": LlamaAdapter, "mistral": LlamaAdapter, "qwen2": QwenAdapter, "qwen3": QwenAdapter,
             "qwen2_moe": QwenAdapter, "qwen3_moe": QwenAdapter, "deepseek_v2": DeepSeekAdapter,
-            "deepseek_v3": DeepSeekAdapter}
+            "deepseek_v3": DeepSeekAdapter, "gpt_neox": GPTNeoXAdapter, "opt": OPTAdapter}
 # quantized Linears of a tiny checkpoint of two blocks, counted by hand from the model files
 LINEARS = {"llama": 14, "mistral": 14, "qwen2": 14, "qwen3": 14, "qwen2_moe": 14, "qwen3_moe": 8, "deepseek_v2": 16,
            "deepseek_v3": 16, "gemma2": 14, "olmo2": 14, "gpt_neox": 8, "phi3": 8, "opt": 12}

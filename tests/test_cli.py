@@ -315,13 +315,13 @@ def test_flags_reach_the_recipe(monkeypatch, capsys):
     text = ("--verbose --model-path a --output-path b --method minmax --bits 8 --group-size -1 --layer-wise "
             "--layers 0,2-3 --outlier-suppression none --calibration-dataset none --format compressed-tensors "
             "--container dense --verify --overwrite --seed 7 --device cpu --max-shard-size 1GB --torch-dtype float16 "
-            "--resume --max-memory 8GiB --set quantization.zero_point=false")
+            "--resume --max-memory 8GiB --activation-bits 8 --set quantization.zero_point=false")
     assert cli.main(text.split()) == 0
     expected = dict(verbose=True, model_path="a", output_path="b", method="minmax", bits=8, group_size=-1,
                     layer_wise=True, layers=(0, 2, 3), outlier_suppression=(), format="compressed_tensors",
                     container="dense", verify=True, overwrite=True, seed=7, device_map="cpu",
                     max_shard_size=10**9, torch_dtype="float16", resume=True, max_memory=2**33)
-    assert seen[0].origins["resume"] == "command line"
+    assert seen[0].origins["resume"] == "command line" and seen[0].activations.bits == 8
     assert {key: getattr(seen[0], key) for key in expected} == expected
     assert seen[0].options["symmetric"] is True and seen[0].calibration["dataset"] is None
     flags = {key.flag for key in KEYS if key.flag}

@@ -71,10 +71,8 @@ def plain_hqq(group, bits, floating, p=.7, beta=4., kappa=1.01, rounds=20):
     def error(s, z, p): return sum(abs(w - (q - z) * s)**p for w, q in zip(group, codes(s, z)))
     low, high = min(*group, 0.), max(*group, 0.)
     first = s = float(np.float16((high - low) / top))
-    z = -low / s
-    best = s, float(round(z))
-    limit, least, last = error(*best, 2), error(*best, p), math.inf
-    if not floating: z = best[1]
+    best = s, float(round(-low / s))
+    limit, least, last, z = error(*best, 2), error(*best, p), math.inf, best[1]
     for _ in range(rounds):
         found = error(s, z, p)
         if found < least and error(s, z, 2) <= limit: best, least = (s, z), found
