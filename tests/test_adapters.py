@@ -131,10 +131,11 @@ def test_known_families_do_not_import_transformers(checkpoints):
         import json, sys
         from llmquant.core.model_registry import ModelRegistry
         from llmquant.models.deepseek_adapter import DeepSeekAdapter
+        from llmquant.models.layernorm_adapters import GPTNeoXAdapter, OPTAdapter
         from llmquant.models.llama_adapter import LlamaAdapter
         from llmquant.models.qwen_adapter import QwenAdapter
         for config, shapes in json.load(sys.stdin):
-            families = LlamaAdapter, QwenAdapter, DeepSeekAdapter
+            families = LlamaAdapter, QwenAdapter, DeepSeekAdapter, GPTNeoXAdapter, OPTAdapter
             adapter = next(a for a in families if config["model_type"] in a.model_types)()
             adapter.fused_groups(adapter.linear_sites(config, shapes))
         sys.exit("transformers" in sys.modules)"""
