@@ -215,7 +215,7 @@ def test_the_walk_holds_them_to_it(maker):
     facts = walk.suppressed[0][suppressor.name]
     assert facts["change"] < 1e-5 and set(facts["edited"]) == edited and facts["pairs"]
     half = tuple(replace(pair, consumers=pair.consumers[:1]) for pair in view.pairs)
-    if maker in ("auto", "plus"): # a search sees that forgetting a consumer costs more than it brings
+    if maker == "auto": # a search sees that forgetting a consumer costs more than it brings
         walk.suppress(0, block, view.plans, leaders, groups, half)
         assert walk.suppressed[0][suppressor.name]["change"] < 1e-5
     else: _refused(walk, block, view, leaders, groups, half)
