@@ -6,7 +6,7 @@
 __all__ = ['logger', 'WITHOUT_EFFECT', 'length_of', 'calibration_of', 'windows_at_a_time', 'sample_from', 'need_of',
            'check_pairs', 'identity', 'RunJournal', 'calibrated_carry', 'tell_report', 'spoken']
 
-# %% ../nbs/calibrated.ipynb #91613bee
+# %% ../nbs/calibrated.ipynb #a016de13
 import logging
 from functools import partial
 from time import perf_counter, process_time
@@ -21,6 +21,7 @@ from .core.block_source import compute_dtype, for_checkpoint
 from .core.decoder_walk import Storage, begin, climb
 from .core.errors import UsageError
 from .core.memory import MemoryNeed, available, fit, give_back, mib, predict, resident, tight_memory
+from .core.outlier_suppression_registry import is_blockwise
 from .core.plan import Plan
 from .core.suppress import bare
 from .core.walk import LayerResult
@@ -87,7 +88,7 @@ def sample_from(
     give_back()
     return tokens
 
-# %% ../nbs/calibrated.ipynb #50aed1fc
+# %% ../nbs/calibrated.ipynb #7e6aa81f
 def need_of(
     recipe:Recipe,           # Windows, lengths, batches, ceiling
     plan:Plan,               # What will be done
@@ -97,7 +98,7 @@ def need_of(
     suppressors:tuple=(),    # Configured
 ) -> MemoryNeed:
     "The predicted peak, under the ceiling; `UsageError` when it cannot be held."
-    for who in (*(s for s in suppressors if s.scope == "block"), *([quantizer] if quantizer.edits_blocks() else [])):
+    for who in (*filter(is_blockwise, suppressors), *([quantizer] if quantizer.edits_blocks() else [])):
         check_pairs(plan, adapter, who, source)
     c = recipe.calibration
     tensors = {name: (info.dtype, info.shape) for name, info in source.tensors.items()}

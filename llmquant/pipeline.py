@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['logger', 'PACKED', 'make_quantizer', 'make_suppressors', 'plan_checkpoint', 'look_at_output', 'preflight', 'check',
-           'pick_device', 'streams', 'calibrates', 'edited', 'run_in_memory', 'run', 'compare_presented',
-           'require_vllm', 'quantize', 'count_parameters', 'info']
+           'pick_device', 'streams', 'calibrates', 'edited', 'run_in_memory', 'run', 'require_vllm', 'quantize',
+           'count_parameters', 'info']
 
-# %% ../nbs/pipeline.ipynb #7ee8c30e
+# %% ../nbs/pipeline.ipynb #c6103d3c
 import logging
 from contextlib import closing
 from functools import partial
@@ -19,15 +19,14 @@ from .calibrated import calibrated_carry, calibration_of, identity, length_of, n
 from .checkpoint.folders import checked_output, refuse_overlap
 from .checkpoint.source import CheckpointSource, open_checkpoint
 from .core.errors import UsageError
-from .core.block_source import for_checkpoint
 from .core.in_memory import adopt, configured, is_adopted
 from .core.memory import MemoryNeed
 from .core.model_registry import ModelRegistry
-from .core.outlier_suppression_registry import OutlierSuppressionRegistry, own_apply
+from .core.outlier_suppression_registry import OutlierSuppressionRegistry, is_blockwise, own_apply
 from .core.plan import Plan, make_plan, nbytes
 from .core.quantizer_registry import BaseQuantizer, QuantizerRegistry
 from .core.scheme import dtype_name
-from .core.suppress import basis_of, compare_sources, presented
+from .core.suppress import compare_presented, presented
 from .core.walk import walk
 from .export import REPORT, export_model, write_export
 from .utils.config import Recipe, recipe_to_dict, resolve
@@ -113,7 +112,7 @@ def pick_device(
         return device_map
     return "cuda" if torch.cuda.is_available() else "cpu"
 
-# %% ../nbs/pipeline.ipynb #7362ab90
+# %% ../nbs/pipeline.ipynb #1eafbdb6
 def streams(
     quantizer:BaseQuantizer, # The method
     recipe:Recipe,           # Suppressors, if any
@@ -129,7 +128,7 @@ def calibrates(
     "Whether text must be run through the model."
     if recipe.bits == 16: return False
     grids = [recipe.activations, *(o.activations for o in recipe.overrides)]
-    blockwise = any(OutlierSuppressionRegistry.get(name).scope == "block" for name in recipe.outlier_suppression)
+    blockwise = any(is_blockwise(OutlierSuppressionRegistry.get(name)) for name in recipe.outlier_suppression)
     return bool(quantizer.needed_statistics()) or blockwise or any(grid and not grid.dynamic for grid in grids)
 
 # %% ../nbs/pipeline.ipynb #58c4376a
@@ -137,7 +136,7 @@ def edited(returned, model):
     "What an edit returned; the model itself where it returned nothing."
     return model if returned is None else returned
 
-# %% ../nbs/pipeline.ipynb #18639609
+# %% ../nbs/pipeline.ipynb #05c321a0
 def run_in_memory(recipe:Recipe, source:CheckpointSource, quantizer:BaseQuantizer, adapter, suppressors:tuple,
                   **kwargs) -> dict:
     "Load the model, let suppressors and the quantizer edit it, export it."
@@ -145,7 +144,8 @@ def run_in_memory(recipe:Recipe, source:CheckpointSource, quantizer:BaseQuantize
     model = AutoModelForCausalLM.from_pretrained(source.path, dtype="auto",
                                                  trust_remote_code=recipe.trust_remote_code).eval()
     model.to(kwargs.pop("device"))
-    for suppressor in suppressors: model = edited(suppressor.apply(model, None), model)
+    data = calibration_of(recipe, source) if any(map(is_blockwise, suppressors)) else None
+    for s in suppressors: model = edited(s.apply(model, data if is_blockwise(s) else None), model)
     if getattr(model.config, "quantization_config", None): model.config.quantization_config = None
     layers = list(recipe.layers) if recipe.layers else None
     own = {"method": recipe.method, recipe.method: dict(recipe.options), "overrides": list(recipe.overrides)}
@@ -193,34 +193,13 @@ def run(
         return write_export(plan, adapter, carry, promises_step, source.config,
                             Path(recipe.output_path), side_files=source.side_files, **shared, **more)
 
-# %% ../nbs/pipeline.ipynb #48da224b
-def compare_presented(
-    original:CheckpointSource, # On disk
-    source,                    # As it is presented; the same object when nothing is edited outside of blocks
-    suppressors:tuple,         # Configured
-    device:str,                # Where to compute
-) -> dict:                     # For the report
-    "Compare the function of two checkpoints; `UsageError` when it changed."
-    if source is original: return {}
-    changes = {key: value for key, value in source.config.items() if original.config.get(key) != value}
-    turned = [s for s in suppressors if s.scope == "model"]
-    found = {s.name: dict(getattr(s, "notes", {})) for s in turned}
-    if turned:
-        text = original.config.get("text_config") or original.config
-        tokens = torch.randint(text["vocab_size"], (1, 32), generator=torch.Generator().manual_seed(0))
-        decoders = [for_checkpoint(view, ModelRegistry.for_config(view.config), device) for view in (original, source)]
-        names = ", ".join(s.name for s in turned)
-        found["change"] = compare_sources(*decoders, tokens, basis_of(turned), names)
-        logger.info("%s: logits changed by %.1e", names, found["change"]["logits"])
-    return {"outlier_suppression": found, "config_changes": changes}
-
-# %% ../nbs/pipeline.ipynb #14cb3d64
+# %% ../nbs/pipeline.ipynb #f367205d
 def _calibrated(recipe:Recipe, plan:Plan, adapter, quantizer:BaseQuantizer, source:CheckpointSource, device:str,
                 facts:dict, suppressors:tuple) -> tuple:
     "How a calibrated run brings its tensors, and its name for the journal; the text is read here."
     data = calibration_of(recipe, source)
     need = need_of(recipe, plan, adapter, quantizer, source, suppressors)
-    blockwise = tuple(s for s in suppressors if s.scope == "block")
+    blockwise = tuple(filter(is_blockwise, suppressors))
     carry = partial(calibrated_carry, recipe, plan, adapter, quantizer, source, data, need, device, facts, blockwise)
     return carry, {"journal": identity(recipe, source, data, device)}
 
@@ -252,8 +231,9 @@ def quantize(
     given = {"model_path": str(path), "output_path": str(out), "method": method, "device_map": device, **keys}
     return run(resolve(given, config=config, origin="call"))
 
-# %% ../nbs/pipeline.ipynb #97c0d77e
-PACKED = ("input_scale", "input_zero_point", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "qweight", "qzeros", "scales", "g_idx")
+# %% ../nbs/pipeline.ipynb #1971d7d7
+PACKED = ("input_scale", "input_zero_point", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape",
+          "qweight", "qzeros", "scales", "g_idx")
 
 def count_parameters(
     source:CheckpointSource, # A checkpoint or an export of ours

@@ -66,10 +66,14 @@ def test_both_doors_give_the_same_codes(checkpoints, tmp_path, kind, method, opt
     assert bytes_of(tmp_path / "saved") == bytes_of(tmp_path / "out")
 
 
-@pytest.mark.parametrize("method, kills", [("gptq", 20), ("awq", 5)])
-def test_a_killed_run_goes_on_and_ends_the_same(checkpoints, tmp_path, method, kills):
+SUPPRESSED = {"outlier_suppression": "rotation,smooth_quant", "bits": 8, "group_size": -1, "quantization.gptq.sym": True,
+              "quantization.activations": {"granularity": "tensor"}}
+
+
+@pytest.mark.parametrize("method, kills, more", [("gptq", 20, {}), ("awq", 5, {}), ("gptq", 4, SUPPRESSED)])
+def test_a_killed_run_goes_on_and_ends_the_same(checkpoints, tmp_path, method, kills, more):
     path, out = checkpoints("llama", 6), tmp_path / "out"
-    keys = {**KEYS, "method": method, "bits": 4, "group_size": 32, "max_shard_size": "1MB"}
+    keys = {**KEYS, "method": method, "bits": 4, "group_size": 32, "max_shard_size": "1MB", **more}
     command = [sys.executable, Path(__file__).with_name("killed_runs.py"), path, out, str(kills), "1", json.dumps(keys)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr

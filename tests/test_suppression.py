@@ -118,12 +118,37 @@ def test_statistics_are_those_of_the_suppressed_block(checkpoints):
     Looking().quantize(model, bits=8, group_size=-1, calibration_data=tokens, target_layers=[0], layer_wise=True, config=section)
     joint = dict(seen)
     seen.clear()
-    from llmquant.core.block_walk import BlockWalk  # noqa: F401
     SmoothQuantSuppressor().configure({}).apply(plain, tokens)
     Looking().quantize(plain, bits=8, group_size=-1, calibration_data=tokens, target_layers=[0], layer_wise=True)
     assert joint.keys() == seen.keys() and len(seen) == 7
     for place, parts in seen.items():
         for ours, theirs in zip(joint[place], parts): torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_both_doors_refuse_another_order(checkpoints, tmp_path):
+    config = config_of("smooth_quant,rotation", {"activations": 8})
+    with pytest.raises(UsageError, match="rotation edits the whole model and is named after smooth_quant"):
+        quantize(checkpoints("llama"), tmp_path / "out", "minmax", config=config)
+    model = tiny.build("llama", torch.float32)
+    with pytest.raises(UsageError, match="rotation edits the whole model and is named after smooth_quant"):
+        QuantizerRegistry.get("minmax")().quantize(model, bits=8, group_size=-1, config=config, calibration_data=torch.zeros(2, 9).long())
+
+
+def test_a_model_in_memory_is_not_turned_by_a_wrong_recipe_or_wrong_sites(monkeypatch):
+    from dataclasses import replace
+
+    from llmquant.models.llama_adapter import LlamaAdapter
+    model = tiny.build("llama", torch.float32)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    rotated = {"quantization": {"outlier_suppression": "rotation"}}
+    with pytest.raises(UsageError, match="group_size 96 does not divide"):
+        QuantizerRegistry.get("minmax")().quantize(model, bits=4, group_size=96, config=rotated)
+    sites = LlamaAdapter.rotation_sites
+    forgetful = lambda self, config, shapes: replace(found := sites(self, config, shapes), writers=found.writers[1:])
+    monkeypatch.setattr(LlamaAdapter, "rotation_sites", forgetful)
+    with pytest.raises(UsageError, match="rotation"):
+        QuantizerRegistry.get("minmax")().quantize(model, bits=4, group_size=32, config=rotated)
+    for name, value in model.state_dict().items(): assert torch.equal(value, before[name]), name
 
 
 WRONG = [

@@ -8,7 +8,7 @@ __all__ = ['SECTIONS', 'MODEL_KEYS', 'OUTPUT_KEYS', 'MARKS', 'ModelSource', 'mar
            'options_of', 'check_call', 'check_model', 'plan_model', 'calibration_for', 'calibrate_model',
            'prepare_model', 'needs_range', 'measures_model', 'quantize_model', 'own_grid', 'adopt', 'is_adopted']
 
-# %% ../../nbs/core/in_memory.ipynb #5b42c17d
+# %% ../../nbs/core/in_memory.ipynb #89367256
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from .decoder_walk import Storage, begin, climb
 from .errors import UsageError, closest
 from .model_registry import ModelRegistry
 from .options import Option, check_value
-from .outlier_suppression_registry import OutlierSuppressionRegistry, own_apply
+from .outlier_suppression_registry import OutlierSuppressionRegistry, check_order, is_blockwise
 from .overrides import read_overrides
 from .plan import LayerPlan, Plan, make_plan
 from .qtensor import QuantizedWeight, digest, raw_bytes, round_to_grid
@@ -191,7 +191,7 @@ def sections_of(
                          "the key out, or quantize the folder (llmquant.quantize)")
     return {"model": model, "calibration": read_section(config.get("calibration") or {})}
 
-# %% ../../nbs/core/in_memory.ipynb #96b1305d
+# %% ../../nbs/core/in_memory.ipynb #71b9f5a2
 _OF_FILES = ("bits", "group_size", "method", "outlier_suppression", "layer_wise", "seed", "layers")
 
 def options_of(
@@ -220,6 +220,7 @@ def options_of(
     if sections["activations"] and not {"symmetric", "sym", "zero_point"} & set(said): said["symmetric"] = True
     return said, sections
 
+# %% ../../nbs/core/in_memory.ipynb #17736f03
 def check_call(
     section:Mapping, # The section `quantization`
     method:str,      # The quantizer's name
@@ -314,28 +315,23 @@ def calibrate_model(
                  suppressors=suppressors)
     climb(walk, sink, None, partial(adapter.smoothing_pairs, model.config.to_dict()))
 
-# %% ../../nbs/core/in_memory.ipynb #3b71e419
+# %% ../../nbs/core/in_memory.ipynb #0d93f030
 def prepare_model(
     model,                 # A transformers model; edited in place
     suppressors:tuple,     # Configured, in order
     calibration_data:Any,  # What the call was given
 ) -> tuple:                # Those that the walk applies block by block
     "Apply suppressors of scope \"model\" and classes in the guide's style, and let the others declare what they need."
-    blockwise = []
+    check_order(suppressors)
     for suppressor in suppressors:
-        if suppressor.scope == "model" or own_apply(suppressor):
-            if blockwise:
-                raise UsageError(f"outlier suppressor {suppressor.name} edits the whole model and is named after "
-                                 f"{blockwise[-1].name}, which edits block by block; name it first")
+        before, ensure = set(_names(model)), getattr(suppressor, "_ensure_vllm_compatibility", None)
+        if not is_blockwise(suppressor):
             suppressor.apply(model, calibration_data)
             mark_edited(model, _names(model))
-            continue
-        if ensure := getattr(suppressor, "_ensure_vllm_compatibility", None):
-            before = set(_names(model))
+        elif ensure:
             ensure(model)
             mark_edited(model, set(_names(model)) - before)
-        blockwise.append(suppressor)
-    return tuple(blockwise)
+    return tuple(filter(is_blockwise, suppressors))
 
 def _names(model) -> list[str]:
     "What a checkpoint of this model would hold."
@@ -348,15 +344,16 @@ def needs_range(
     grids = [sections["activations"], *(o.activations for o in sections["overrides"])]
     return any(grid and not grid.dynamic for grid in grids)
 
-# %% ../../nbs/core/in_memory.ipynb #2ae6669e
+# %% ../../nbs/core/in_memory.ipynb #6701be98
 def measures_model(
     quantizer,        # Configured
     sections:Mapping, # From `options_of`
 ) -> bool:
     "Whether text must be run through the model's blocks."
-    blockwise = any(not (s.scope == "model" or own_apply(s)) for s in sections["suppressors"])
+    blockwise = any(map(is_blockwise, sections["suppressors"]))
     return bool(quantizer.needed_statistics()) or blockwise or needs_range(sections)
 
+# %% ../../nbs/core/in_memory.ipynb #94984edd
 @torch.no_grad()
 def quantize_model(
     quantizer,                  # A quantizer
@@ -377,10 +374,11 @@ def quantize_model(
     check_model(model)
     measures, found = measures_model(quantizer, sections), None
     if measures: found = calibration_for(model, calibration_data, sections["calibration"], quantizer.name)
-    blockwise = prepare_model(model, sections["suppressors"], calibration_data)
     torch_dtype = sections["model"].get("torch_dtype", "auto")
-    plan, adapter, source = plan_model(quantizer, model, bits, group_size, target_layers, torch_dtype,
-                                       sections["overrides"])
+    made = lambda: plan_model(quantizer, model, bits, group_size, target_layers, torch_dtype, sections["overrides"])
+    plan, adapter, source = made() # a wrong recipe is refused before anything is edited
+    blockwise = prepare_model(model, sections["suppressors"], calibration_data)
+    if sections["suppressors"]: plan, adapter, source = made() # a head may have been untied, biases declared
     with ModuleSink(model, adapter, quantizer.name) as sink:
         if measures:
             calibrate_model(quantizer, model, adapter, plan, found, sections["calibration"], sink, blockwise)

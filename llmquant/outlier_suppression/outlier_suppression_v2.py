@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHIFT_LIMIT', 'FINENESS', 'BATCHES', 'BIASED', 'thresholds', 'OutlierSuppressionV2', 'can_declare', 'as_vector']
 
-# %% ../../nbs/outlier_suppression/outlier_suppression_v2.ipynb #58397054
+# %% ../../nbs/outlier_suppression/outlier_suppression_v2.ipynb #bead8df7
 from collections.abc import Iterator
 from dataclasses import replace
 import torch
@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from ..core.edited_source import EditedSource, shapes_of
 from ..core.names import natural_key
 from ..core.options import Option
-from ..core.outlier_suppression_registry import BaseOutlierSuppressor
 from ..core.scheme import dtype_name
 from ..core.smoothing import SmoothingPair, shift_obstacle
-from .smoothing_site import SmoothingSite, site_of, sites_of
+from .smoothing_site import SiteSuppressor, SmoothingSite
 
 # %% ../../nbs/outlier_suppression/outlier_suppression_v2.ipynb #afc931b2
 @patch
@@ -52,8 +51,8 @@ def thresholds(
         yield t, (sizes / t).clamp(min=1)
         t *= fineness
 
-# %% ../../nbs/outlier_suppression/outlier_suppression_v2.ipynb #fc3b3eb4
-class OutlierSuppressionV2(BaseOutlierSuppressor):
+# %% ../../nbs/outlier_suppression/outlier_suppression_v2.ipynb #e4849cda
+class OutlierSuppressionV2(SiteSuppressor):
     "Shift where both sides have a bias, scale above a threshold that is searched for each pair."
     name = "outlier_suppression_v2"
     options = (Option("declare_biases", bool, True, "give a Llama without biases explicit zero biases in attention, "
@@ -63,26 +62,7 @@ class OutlierSuppressionV2(BaseOutlierSuppressor):
         "What calibration must measure for it."
         return "maxima", "range"
 
-    def current(self) -> dict: # The options' values
-        "The settings; the defaults before `configure`."
-        return self.settings or self.configure({}).settings
-
-    @torch.no_grad()
-    def apply_to_block(self,
-        view, # A `BlockView`
-    ):
-        "Shift and scale every pair of a block; `UsageError` for an architecture without pairs."
-        for site in sites_of(view, self.name): self.suppress(site)
-
-    @torch.no_grad()
-    def apply_to_pair(self,
-        pair:SmoothingPair, # One of the view's
-        view,               # A `BlockView`
-    ):
-        "Shift and scale one pair; nothing happens when none of its consumers will be quantized."
-        if site := site_of(pair, view): self.suppress(site)
-
-    def suppress(self,
+    def edit_site(self,
         site:SmoothingSite, # A pair in its block
     ):
         "Shift one site if that is exact, then search the threshold and fold in the scale."

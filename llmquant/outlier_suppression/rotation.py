@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['is_turned', 'sites_for', 'RotationSuppressor']
 
-# %% ../../nbs/outlier_suppression/rotation.ipynb #9f0a2594
+# %% ../../nbs/outlier_suppression/rotation.ipynb #fc027f3e
 from types import MappingProxyType
 import torch
 from fastcore.basics import patch
@@ -16,6 +16,7 @@ from ..core.model_registry import ModelRegistry
 from ..core.options import Option
 from ..core.outlier_suppression_registry import BaseOutlierSuppressor
 from ..core.rotation import KINDS, Rotation, RotationSites, both, make_rotation, residual_edits, value_edits
+from ..core.suppress import compare_presented
 
 # %% ../../nbs/outlier_suppression/rotation.ipynb #2b3ccf78
 def is_turned(
@@ -108,16 +109,18 @@ def present(self:RotationSuppressor,
     return present_edits(source, edits, {head: sites.embeddings[0]} if tied else {},
                          {"tie_word_embeddings": False} if tied else {})
 
-# %% ../../nbs/outlier_suppression/rotation.ipynb #93817035
+# %% ../../nbs/outlier_suppression/rotation.ipynb #9e91111b
 @patch
 @torch.no_grad()
 def apply(self:RotationSuppressor,
     model,                  # A transformers model; edited in place
     calibration_data=None,  # Not needed
 ):                          # The same model
-    "Turn a model in memory."
+    "Turn a model in memory; before anything is edited, both are compared, as checkpoints are."
     adapter = ModelRegistry.for_config(model.config.to_dict())
-    view = self.present(Originals(ModelSource(model, adapter)), adapter)
+    source = Originals(ModelSource(model, adapter))
+    view = self.present(source, adapter)
+    compare_presented(source, view, [self], str(model.device))
     added = [name for name in view.tensors if name not in view.source.tensors]
     put_edits_(model, adapter, view, added[0] if added else "")
     return model

@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['ALPHAS', 'BATCHES', 'smoothing_factors', 'SmoothQuantSuppressor']
 
-# %% ../../nbs/outlier_suppression/smooth_quant.ipynb #44df71c8
+# %% ../../nbs/outlier_suppression/smooth_quant.ipynb #7af76c9c
 import torch
 from torch import Tensor
 from ..core.options import Option
-from ..core.outlier_suppression_registry import BaseOutlierSuppressor
 from ..core.smoothing import SmoothingPair
-from .smoothing_site import SmoothingSite, site_of, sites_of
+from .smoothing_site import SiteSuppressor, SmoothingSite
 
 # %% ../../nbs/outlier_suppression/smooth_quant.ipynb #01f80804
 def smoothing_factors(
@@ -26,11 +25,11 @@ def smoothing_factors(
     s = floor(inputs)**alpha / floor(columns)**(1 - alpha)
     return torch.where(live, s / s[live].log().mean().exp(), torch.ones_like(s))
 
-# %% ../../nbs/outlier_suppression/smooth_quant.ipynb #a6196131
+# %% ../../nbs/outlier_suppression/smooth_quant.ipynb #34abd3af
 ALPHAS = tuple(k / 10 for k in range(11)) # Tried by auto_alpha
 BATCHES = 2                               # Of the calibration text, on which it judges
 
-class SmoothQuantSuppressor(BaseOutlierSuppressor):
+class SmoothQuantSuppressor(SiteSuppressor):
     "Divide activations and multiply weights by factors between the sizes of both."
     name = "smooth_quant"
     options = (
@@ -44,26 +43,7 @@ class SmoothQuantSuppressor(BaseOutlierSuppressor):
         "What calibration must measure for it."
         return ("maxima",)
 
-    def current(self) -> dict: # The options' values
-        "The settings; the defaults before `configure`."
-        return self.settings or self.configure({}).settings
-
-    @torch.no_grad()
-    def apply_to_block(self,
-        view, # A `BlockView`
-    ):
-        "Smooth every pair of a block; `UsageError` for an architecture without pairs."
-        for site in sites_of(view, self.name, self.current()["folding"] == "norms"): self.smooth(site)
-
-    @torch.no_grad()
-    def apply_to_pair(self,
-        pair:SmoothingPair, # One of the view's
-        view,               # A `BlockView`
-    ):
-        "Smooth one pair; nothing happens when none of its consumers will be quantized."
-        if site := site_of(pair, view): self.smooth(site)
-
-    def smooth(self,
+    def edit_site(self,
         site:SmoothingSite, # A pair in its block
     ):
         "Find the factors of one site and fold them in."
