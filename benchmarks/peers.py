@@ -60,6 +60,8 @@ def all_rows():
         ("hqq, axis 0", "hqq", 4, {"axis": 0}),
         ("llmquant HQQ", "llmquant", 4, {"method": "hqq"}),
         ("llmquant AWQ", "llmquant", 4, {"method": "awq"}),
+        ("llmquant HQQ, float zeros", "llmquant", 3, {"method": "hqq", "float_zeros": True}),
+        ("hqq, axis 1", "hqq", 3, {"axis": 1}),
         (both, "llmquant", 3, BOTH),
         ("auto-round, 50 steps", "autoround", 3, STEPS),
         (plain, "llmquant", 3, PLAIN),

@@ -168,7 +168,7 @@ class RunJournal:
         self.known |= read
         self.writer.finish_block(index, {**record, "read": read, "seconds": self.seconds()})
 
-# %% ../nbs/calibrated.ipynb #1ec9399d
+# %% ../nbs/calibrated.ipynb #0e8d0411
 def calibrated_carry(
     recipe:Recipe, plan:Plan, adapter, quantizer, # What to do
     source:CheckpointSource,  # Where tensors come from
@@ -198,6 +198,7 @@ def calibrated_carry(
     tell_report(facts, walk, data, need, journal)
     return results
 
+# %% ../nbs/calibrated.ipynb #e0d10f6c
 def tell_report(facts:dict, walk, data:CalibrationData, need:MemoryNeed, journal:RunJournal):
     "Add what only the walk knows to what the report will say."
     facts |= {"calibration": {**data.facts, "fingerprint": data.fingerprint,

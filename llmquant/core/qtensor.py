@@ -32,7 +32,7 @@ def raw_bytes(
     "The tensor's bytes in C order."
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
 
-# %% ../../nbs/core/qtensor.ipynb #3b6efa9e
+# %% ../../nbs/core/qtensor.ipynb #71d7e949
 @dataclass(frozen=True)
 class QuantizedWeight:
     "A weight as integer codes on a grid."
@@ -64,24 +64,28 @@ class QuantizedWeight:
             if t is None or tuple(t.shape) != (1,) or t.dtype != dtype:
                 raise UsageError(f"{what} is {t!r}; must be a {dtype_name(dtype)} tensor [1]")
 
-    def check_values(self):
-        "`UsageError` when codes or zeros leave the grid or a scale is not positive; shapes are checked when made."
-        qmax, middle = self.scheme.qmax, self.scheme.middle
-        if self.scheme.type == "float" and (self.codes & 0x7F).eq(0x7F).any(): raise UsageError("codes hold NaN")
-        whole = [("codes", self.codes)] if self.scheme.float_zeros else [("codes", self.codes), ("zeros", self.zeros)]
-        for what, t in whole:
-            if t.numel() and int(t.max()) > qmax:
-                raise UsageError(f"{what} go up to {int(t.max())}; {self.scheme.bits} bits hold 0 to {qmax}")
-        if self.scheme.symmetric and not (self.zeros == middle).all():
-            raise UsageError(f"zeros of a symmetric grid must all be {middle}")
-        if not (torch.isfinite(self.scales) & (self.scales > 0)).all():
-            raise UsageError("scales must be finite and positive")
-        if self.scheme.float_zeros and not torch.isfinite(self.zeros).all(): raise UsageError("zeros must be finite")
+# %% ../../nbs/core/qtensor.ipynb #a3c29aac
+@patch
+def check_values(self:QuantizedWeight):
+    "`UsageError` when codes or zeros leave the grid or a scale is not positive; shapes are checked when made."
+    qmax, middle = self.scheme.qmax, self.scheme.middle
+    if self.scheme.type == "float" and (self.codes & 0x7F).eq(0x7F).any(): raise UsageError("codes hold NaN")
+    whole = [("codes", self.codes)] if self.scheme.float_zeros else [("codes", self.codes), ("zeros", self.zeros)]
+    for what, t in whole:
+        if t.numel() and int(t.max()) > qmax:
+            raise UsageError(f"{what} go up to {int(t.max())}; {self.scheme.bits} bits hold 0 to {qmax}")
+    if self.scheme.symmetric and not (self.zeros == middle).all():
+        raise UsageError(f"zeros of a symmetric grid must all be {middle}")
+    if not (torch.isfinite(self.scales) & (self.scales > 0)).all():
+        raise UsageError("scales must be finite and positive")
+    if self.scheme.float_zeros and not torch.isfinite(self.zeros).all(): raise UsageError("zeros must be finite")
 
-    def digest(self) -> str:
-        "SHA-256 of codes, scales, zeros, and the grid of the inputs where it is static, as hexadecimal digits."
-        parts = self.codes, self.scales, self.zeros, self.input_scale, self.input_zero
-        return digest(*(raw_bytes(part) for part in parts if part is not None))
+# %% ../../nbs/core/qtensor.ipynb #d6383497
+@patch
+def digest(self:QuantizedWeight) -> str:
+    "SHA-256 of codes, scales, zeros, and the grid of the inputs where it is static, as hexadecimal digits."
+    parts = self.codes, self.scales, self.zeros, self.input_scale, self.input_zero
+    return digest(*(raw_bytes(part) for part in parts if part is not None))
 
 # %% ../../nbs/core/qtensor.ipynb #3b19c6c0
 @patch

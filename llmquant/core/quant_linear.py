@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['QuantLinear']
 
-# %% ../../nbs/core/quant_linear.ipynb #20d46627
+# %% ../../nbs/core/quant_linear.ipynb #53078073
+from fastcore.basics import patch
 import torch
 from torch import Tensor, nn
 from .activation_scheme import simulate
 from .packing import pack_bits, unpack_bits
 from .qtensor import QuantizedWeight
 
-# %% ../../nbs/core/quant_linear.ipynb #1b400806
+# %% ../../nbs/core/quant_linear.ipynb #52b08c60
 class QuantLinear(nn.Module):
     "A Linear with a quantized weight, and perhaps quantized inputs; y = x̂ Ŵᵀ + bias."
     def __init__(self,
@@ -32,25 +33,6 @@ class QuantLinear(nn.Module):
         self.register_buffer("input_zero", weight.input_zero)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
-    def quantized_weight(self) -> QuantizedWeight:
-        "Codes, scales and zero points."
-        codes = unpack_bits(self.qweight, self.bits, self.in_features)
-        return QuantizedWeight(codes, self.scales, self.zeros, self.scheme, self.input_scale, self.input_zero)
-
-    def dequantize(self,
-        dtype:torch.dtype=torch.float32, # Of the result
-    ) -> Tensor:                         # [out_features, in_features]
-        "The weight as floats."
-        return self.quantized_weight().dequantize(dtype)
-
-    def forward(self,
-        x:Tensor, # [..., in_features]
-    ) -> Tensor:  # [..., out_features]
-        "Put `x` on the grid of the inputs, if there is one, and multiply by the dequantized weight in its dtype."
-        inputs = self.scheme.activations
-        if inputs is not None: x = simulate(x, inputs, self.input_scale, self.input_zero)
-        return nn.functional.linear(x, self.dequantize(x.dtype), self.bias)
-
     def _apply(self, function, recurse=True):
         "Move between devices, but never cast scales or zeros: the codes were made with them as they are."
         kept = {name: getattr(self, name) for name in ("scales", "zeros", "input_scale")}
@@ -59,6 +41,33 @@ class QuantLinear(nn.Module):
             if tensor is not None: setattr(self, name, tensor.to(getattr(self, name).device))
         return self
 
-    def extra_repr(self) -> str:
-        "What print(model) shows."
-        return f"{self.in_features}, {self.out_features}, {self.scheme}, method={self.quantization_method!r}"
+# %% ../../nbs/core/quant_linear.ipynb #d41f9bde
+@patch
+def quantized_weight(self:QuantLinear) -> QuantizedWeight:
+    "Codes, scales and zero points."
+    codes = unpack_bits(self.qweight, self.bits, self.in_features)
+    return QuantizedWeight(codes, self.scales, self.zeros, self.scheme, self.input_scale, self.input_zero)
+
+# %% ../../nbs/core/quant_linear.ipynb #7e9ea434
+@patch
+def dequantize(self:QuantLinear,
+    dtype:torch.dtype=torch.float32, # Of the result
+) -> Tensor:                         # [out_features, in_features]
+    "The weight as floats."
+    return self.quantized_weight().dequantize(dtype)
+
+# %% ../../nbs/core/quant_linear.ipynb #6cc92d7a
+@patch
+def forward(self:QuantLinear,
+    x:Tensor, # [..., in_features]
+) -> Tensor:  # [..., out_features]
+    "Put `x` on the grid of the inputs, if there is one, and multiply by the dequantized weight in its dtype."
+    inputs = self.scheme.activations
+    if inputs is not None: x = simulate(x, inputs, self.input_scale, self.input_zero)
+    return nn.functional.linear(x, self.dequantize(x.dtype), self.bias)
+
+# %% ../../nbs/core/quant_linear.ipynb #6f64e643
+@patch
+def extra_repr(self:QuantLinear) -> str:
+    "What print(model) shows."
+    return f"{self.in_features}, {self.out_features}, {self.scheme}, method={self.quantization_method!r}"

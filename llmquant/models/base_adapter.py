@@ -36,7 +36,7 @@ def group_sites(
                 groups.append(names)
     return groups
 
-# %% ../../nbs/models/base_adapter.ipynb #b1216ca1
+# %% ../../nbs/models/base_adapter.ipynb #a8d0c771
 class Architecture:
     "What a family looks like in a checkpoint: tables as class attributes, answers from names and shapes."
     model_type = "default"            # name of the family, also in vllm_config.json
@@ -70,15 +70,19 @@ class Architecture:
         "What touches the residual stream and where values are made; None where nobody has said."
         return common_sites(config, shapes)
 
-    def block_of(self, name: str) -> int|None: # module or tensor name
-        "Index of the decoder block that `name` is in, None outside."
-        if self.blocks: return split_block(name, self.blocks)[0]
-        found = re.search(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.", name)
-        return int(found[1]) if found else None
+# %% ../../nbs/models/base_adapter.ipynb #b8df2df4
+@patch
+def block_of(self:Architecture, name: str) -> int|None: # module or tensor name
+    "Index of the decoder block that `name` is in, None outside."
+    if self.blocks: return split_block(name, self.blocks)[0]
+    found = re.search(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.", name)
+    return int(found[1]) if found else None
 
-    def keep_dtype(self, name: str) -> bool: # tensor name
-        "Whether a tensor keeps its own dtype whatever the export's is."
-        return any(part in name for part in self.keep)
+# %% ../../nbs/models/base_adapter.ipynb #89fa06e3
+@patch
+def keep_dtype(self:Architecture, name: str) -> bool: # tensor name
+    "Whether a tensor keeps its own dtype whatever the export's is."
+    return any(part in name for part in self.keep)
 
 # %% ../../nbs/models/base_adapter.ipynb #f0de3bb1
 def find_module(

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['HQQQuantizer']
 
-# %% ../../nbs/quantizers/hqq_quantizer.ipynb #d1f2280b
+# %% ../../nbs/quantizers/hqq_quantizer.ipynb #6ffee59c
+from fastcore.basics import patch
 from ..core.errors import UsageError
 from ..core.options import SYMMETRIC, Option
 from ..core.qtensor import QuantizedWeight, round_to_grid
@@ -17,7 +18,7 @@ from torch import Tensor
 from typing import Any
 import torch
 
-# %% ../../nbs/quantizers/hqq_quantizer.ipynb #bee0279e
+# %% ../../nbs/quantizers/hqq_quantizer.ipynb #e8448c0e
 class HQQQuantizer(BaseQuantizer):
     "Grids of least lp error, by half-quadratic splitting; needs no calibration data."
     name = "hqq"
@@ -54,18 +55,22 @@ class HQQQuantizer(BaseQuantizer):
         scheme = super().make_scheme(bits, group_size, scale_dtype)
         return replace(scheme, float_zeros=self.settings["float_zeros"])
 
-    def quantize_weight(self,
-        weight:Tensor,      # [out_features, in_features]
-        stats:Any,          # Not used
-        scheme:QuantScheme, # The grid
-    ) -> QuantizedWeight:
-        "Each weight to the nearest code of the grid that the solver found."
-        s = self.settings or self.configure({}).settings
-        schedule = Schedule(s["lp_norm"], s["beta"], s["kappa"], s["iterations"])
-        return round_to_grid(weight, scheme, solve(weight, scheme, schedule))
+# %% ../../nbs/quantizers/hqq_quantizer.ipynb #5d747fd8
+@patch
+def quantize_weight(self:HQQQuantizer,
+    weight:Tensor,      # [out_features, in_features]
+    stats:Any,          # Not used
+    scheme:QuantScheme, # The grid
+) -> QuantizedWeight:
+    "Each weight to the nearest code of the grid that the solver found."
+    s = self.settings or self.configure({}).settings
+    schedule = Schedule(s["lp_norm"], s["beta"], s["kappa"], s["iterations"])
+    return round_to_grid(weight, scheme, solve(weight, scheme, schedule))
 
-    def preferred_format(self,
-        scheme:QuantScheme, # The grid in use
-    ) -> str:               # A format's name
-        "vLLM's own layout, but for float zero points, which none of those holds."
-        return "float_zeros" if scheme.float_zeros else "compressed_tensors"
+# %% ../../nbs/quantizers/hqq_quantizer.ipynb #6bcff92a
+@patch
+def preferred_format(self:HQQQuantizer,
+    scheme:QuantScheme, # The grid in use
+) -> str:               # A format's name
+    "vLLM's own layout, but for float zero points, which none of those holds."
+    return "float_zeros" if scheme.float_zeros else "compressed_tensors"
