@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['logger', 'WITHOUT_EFFECT', 'length_of', 'calibration_of', 'windows_at_a_time', 'sample_from', 'need_of',
-           'check_pairs', 'identity', 'RunJournal', 'calibrated_carry', 'tell_report', 'spoken']
+           'check_pairs', 'identity', 'RunJournal', 'calibrated_carry', 'tell_report', 'tell_suppression', 'spoken']
 
-# %% ../nbs/calibrated.ipynb #a016de13
+# %% ../nbs/calibrated.ipynb #966addd8
 import logging
 from functools import partial
 from time import perf_counter, process_time
@@ -21,6 +21,7 @@ from .core.block_source import compute_dtype, for_checkpoint
 from .core.decoder_walk import Storage, begin, climb
 from .core.errors import UsageError
 from .core.memory import MemoryNeed, available, fit, give_back, mib, predict, resident, tight_memory
+from .core.outlier_sizes import model_sizes
 from .core.outlier_suppression_registry import is_blockwise
 from .core.plan import Plan
 from .core.suppress import bare
@@ -88,7 +89,7 @@ def sample_from(
     give_back()
     return tokens
 
-# %% ../nbs/calibrated.ipynb #7e6aa81f
+# %% ../nbs/calibrated.ipynb #a28986f7
 def need_of(
     recipe:Recipe,           # Windows, lengths, batches, ceiling
     plan:Plan,               # What will be done
@@ -102,9 +103,11 @@ def need_of(
         check_pairs(plan, adapter, who, source)
     c = recipe.calibration
     tensors = {name: (info.dtype, info.shape) for name, info in source.tensors.items()}
+    wanted = {name for who in (quantizer, *suppressors) for name in who.needed_statistics()}
+    if any(map(is_blockwise, suppressors)): wanted.add("maxima") # of what they leave, for the report
     need = predict(plan, tensors, adapter.block_of, source.config, c["num_samples"], length_of(recipe, source.config),
-                   c["batch_size"], tuple({n for w in (quantizer, *suppressors) for n in w.needed_statistics()}),
-                   source.dtype.itemsize, adapter.skeleton(source.config).config._attn_implementation or "eager")
+                   c["batch_size"], tuple(wanted), source.dtype.itemsize,
+                   adapter.skeleton(source.config).config._attn_implementation or "eager")
     return fit(need, recipe.max_memory)
 
 # %% ../nbs/calibrated.ipynb #1f283a98
@@ -198,7 +201,7 @@ def calibrated_carry(
     tell_report(facts, walk, data, need, journal)
     return results
 
-# %% ../nbs/calibrated.ipynb #e0d10f6c
+# %% ../nbs/calibrated.ipynb #abdab5ac
 def tell_report(facts:dict, walk, data:CalibrationData, need:MemoryNeed, journal:RunJournal):
     "Add what only the walk knows to what the report will say."
     facts |= {"calibration": {**data.facts, "fingerprint": data.fingerprint,
@@ -207,9 +210,15 @@ def tell_report(facts:dict, walk, data:CalibrationData, need:MemoryNeed, journal
               "memory": {"predicted_peak_mib": need.peak >> 20}}
     if journal.done:
         facts["resumed"] = {"at_block": len(journal.done), "seconds_before": journal.before}
-    if walk.suppressed:
-        blocks = {index: walk.suppressed[index] for index in sorted(walk.suppressed)}
-        facts["outlier_suppression"] = {**facts.get("outlier_suppression", {}), "blocks": blocks}
+    if walk.suppressed: facts["outlier_suppression"] = tell_suppression(facts, walk, data)
+
+def tell_suppression(facts:dict, walk, data:CalibrationData) -> dict:
+    "What block by block suppressors did, beside what the report says of others."
+    blocks = {index: dict(walk.suppressed[index]) for index in sorted(walk.suppressed)}
+    by, tokens = ", ".join(s.name for s in walk.suppressors), f"{data.facts['tokens']} tokens of the calibration text"
+    sizes = model_sizes({index: found.pop("sizes", {}) for index, found in blocks.items()}, by, tokens)
+    before = facts.get("outlier_suppression", {})
+    return before | {"blocks": blocks} | ({"sizes": [*before.get("sizes", ()), sizes]} if sizes else {})
 
 # %% ../nbs/calibrated.ipynb #1b13f73f
 def spoken(index:int, results:list[LayerResult]) -> str:

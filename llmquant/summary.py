@@ -121,7 +121,7 @@ def proof_text(
     machines = ("digests", "edited", "promises_step")
     return aligned(flat({name: value for name, value in proof.items() if name not in machines}))
 
-# %% ../nbs/summary.ipynb #75c3b911
+# %% ../nbs/summary.ipynb #91e3b003
 def _peak_text(report:Mapping[str, Any]) -> str:
     "The measured peak, beside the predicted one where there was one."
     predicted = report.get("memory", {}).get("predicted_peak_mib")
@@ -132,7 +132,20 @@ def _calibration_text(facts:Mapping[str, Any]) -> str:
     return (f"{facts.get('tokens', '?')} tokens of {facts.get('dataset', 'given tokens')}, "
             f"{facts.get('passes_over_each_block', '?')} passes")
 
-# %% ../nbs/summary.ipynb #ac8db9f4
+def _suppression_rows(
+    stages:Iterable[Mapping], # The report's `outlier_suppression.sizes`
+) -> list[tuple[str, str]]:
+    "What each stage of suppression did to the input that stood out most."
+    rows = []
+    for stage in stages:
+        worst = stage["worst"]
+        sizes = stage["largest_over_median"][worst["block"]][worst["layer"]]
+        change = f"{sizes['before']:.4g} -> {sizes['after']:.4g}"
+        where = f"input of {worst['layer']} in block {worst['block']}"
+        rows.append((stage["by"], f"largest channel over median {change}, {where}"))
+    return rows
+
+# %% ../nbs/summary.ipynb #ecbeab30
 def report_text(
     report:Mapping[str, Any], # What `pipeline.run` returns
     output:str,               # The export's folder
@@ -152,6 +165,7 @@ def report_text(
     if seconds: rows.append(("time", ", ".join(f"{value:.3g} s {kind}" for kind, value in seconds.items())))
     if report.get("peak_memory_mib"): rows.append(("peak memory", _peak_text(report)))
     if text := report.get("calibration"): rows.append(("calibration", _calibration_text(text)))
+    rows += _suppression_rows(report.get("outlier_suppression", {}).get("sizes", ()))
     proof = proof_text(report.get("proof", {}))
     unproven = "not proven; run llmquant verify, or quantize with --verify\n"
     return aligned(rows) + (f"\nproof\n{proof}" if proof else unproven)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SAME_FUNCTION', 'BlockWalk', 'BlockView', 'input_grids', 'grids_of', 'rounded']
 
-# %% ../../nbs/core/block_walk.ipynb #295e43a0
+# %% ../../nbs/core/block_walk.ipynb #0562c1f0
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,12 +20,13 @@ from .block_source import BlockInputs, BlockSource
 from .input_groups import Enough, input_groups, watching
 from .errors import UsageError
 from .names import natural_key
+from .outlier_sizes import block_sizes
 from .plan import LayerPlan, Plan
 from .qtensor import round_to_grid
 from .statistics import LayerStats
 from .walk import quantize_layer, quantize_stack
 
-# %% ../../nbs/core/block_walk.ipynb #5e41a121
+# %% ../../nbs/core/block_walk.ipynb #6597c196
 @dataclass
 class BlockWalk:
     "One calibrated run over a decoder."
@@ -40,12 +41,14 @@ class BlockWalk:
     passes: float = 0            # Passes over one block so far, all calibration text counted as one
     suppressors: tuple = ()      # Configured outlier suppressors of scope "block", in order
     suppressed: dict = field(default_factory=dict) # Block to what they did there
+    unsuppressed: dict = field(default_factory=dict) # Leader to the maxima of its input before the first of them
 
     @property
     def wanted(self) -> tuple[str, ...]:
-        "The statistics that quantization needs: the method's, and ranges where activations get a static grid."
+        "What is measured for quantization: what the method needs, ranges for static grids, maxima after a suppressor."
         static = any(l.scheme.activations and not l.scheme.activations.dynamic for l in self.plan.quantized)
-        return (*self.quantizer.needed_statistics(), *(("range",) if static else ()))
+        more = (("range",) if static else ()) + (("maxima",) if self.suppressors else ())
+        return (*self.quantizer.needed_statistics(), *more)
 
     @property
     def corrects(self) -> bool:
@@ -288,7 +291,7 @@ def fix_range(self:BlockWalk, quantized, result, stats) -> tuple:
     quantized = replace(quantized, input_scale=scale, input_zero=zero)
     return quantized, replace(result, digest=quantized.digest())
 
-# %% ../../nbs/core/block_walk.ipynb #bb1615c3
+# %% ../../nbs/core/block_walk.ipynb #55f35db8
 @patch
 def suppress(self:BlockWalk,
     index:int, block:nn.Module,      # The block, in float
@@ -298,10 +301,11 @@ def suppress(self:BlockWalk,
     pairs:tuple,                     # The adapter's smoothing pairs of this block
 ) -> set[str]:                       # Names of modules whose parameters were changed
     "Let every suppressor edit the block; `UsageError` when one changes the block's function or nothing at all."
-    edited = set()
+    edited, self.unsuppressed = set(), {}
     for suppressor in self.suppressors:
         wanted = tuple(suppressor.needed_statistics())
         measured = self.measure(index, block, leaders, wanted=wanted) if wanted else {}
+        if suppressor is self.suppressors[0]: self.unsuppressed = {name: s.maxima for name, s in measured.items()}
         stats = {n: measured[names[0]] for names in groups for n in names} if wanted else {}
         view = self.view(index, block, plans, stats, pairs)
         moved = self.hold(index, block, view, suppressor.apply_to_block, suppressor.name)
@@ -313,7 +317,18 @@ def suppress(self:BlockWalk,
         edited |= view.edited
     return edited
 
-# %% ../../nbs/core/block_walk.ipynb #cc0eb7dd
+@patch
+def compare_sizes(self:BlockWalk,
+    index:int,                       # The block
+    measured:Mapping[str, LayerStats], # Leaders after the last suppressor
+):
+    "Note for the report how far channels stood out before suppression and stand out now."
+    if not self.suppressors: return
+    inside = lambda name: name.removeprefix(f"{self.blocks.adapter.blocks}.{index}.")
+    before = {inside(name): maxima for name, maxima in self.unsuppressed.items()}
+    self.suppressed[index]["sizes"] = block_sizes(before, {inside(name): s.maxima for name, s in measured.items()})
+
+# %% ../../nbs/core/block_walk.ipynb #3814da2a
 @patch
 def quantize_block(self:BlockWalk,
     index:int, block:nn.Module,    # The block, in float
@@ -334,6 +349,7 @@ def quantize_block(self:BlockWalk,
     leaders = {names[0]: modules[names[0]] for names in groups}
     edited = self.suppress(index, block, plans, leaders, groups, pairs)
     measured = self.measure(index, block, leaders, keep) if self.wanted else dict.fromkeys(leaders)
+    self.compare_sizes(index, measured)
     view = self.view(index, block, plans, {n: measured[names[0]] for names in groups for n in names}, pairs)
     if self.edits: self.hold(index, block, view, self.quantizer.prepare_block, self.quantizer.name)
     del measured # so that a Linear's statistics go when it is quantized
@@ -345,7 +361,7 @@ def quantize_block(self:BlockWalk,
         found |= {r.layer.name: (q, r) for q, r in self.solve({n: modules[n] for n in names}, plans, stats)}
     return [found[name] for names in groups for name in names], edited | view.edited
 
-# %% ../../nbs/core/block_walk.ipynb #7f72b431
+# %% ../../nbs/core/block_walk.ipynb #eb45a2b1
 @patch(as_prop=True)
 def edits(self:BlockWalk) -> bool:
     "Whether the method edits blocks."
@@ -356,10 +372,12 @@ def _in_turn(
     self:BlockWalk, index:int, block:nn.Module, plans:Mapping, modules:Mapping, groups:list, keep:Activations|None
 ) -> list:
     "Measure and quantize group by group, so that each sees what the quantized ones before it give."
-    floats, found = {}, []
+    floats, found, sizes = {}, [], {}
     for names in groups:
         first = names is groups[0]
         stats = self.measure(index, block, {names[0]: modules[names[0]]}, keep if first else None, floats)[names[0]]
+        sizes[names[0]] = LayerStats(maxima=stats.maxima)
         if self.corrects: floats |= {modules[n]: modules[n].weight.detach().clone() for n in names}
         found += self.solve({n: modules[n] for n in names}, plans, stats)
+    self.compare_sizes(index, sizes)
     return found

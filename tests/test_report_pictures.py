@@ -1,0 +1,126 @@
+"What a run says of its own outliers: numbers in the report, a picture beside it, and both survive a kill."
+import json
+
+import pytest
+import tiny
+import tiny_tokenizer
+import torch
+import yaml
+from outliers import inject_outliers
+
+from llmquant import quantize
+from llmquant.core.decoder_walk import BlockWalk
+from llmquant.export import PICTURE, REPORT
+from llmquant.summary import report_text
+
+TEXT = {"num_samples": 4, "max_length": 48, "batch_size": 2}
+LEADERS = {"self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    "A tiny Llama with channels 5 and 33 behind each norm 24 times as large."
+    path = tmp_path_factory.mktemp("base") / "llama"
+    model = inject_outliers(tiny.build("llama", torch.float32), [5, 33], 24.0)
+    model.save_pretrained(path)
+    tiny_tokenizer.save(path)
+    return path
+
+
+def run(base, out, suppressors, method="minmax", **rest):
+    "A run to W8A8."
+    section = {"outlier_suppression": suppressors, "activations": 8, **rest}
+    return quantize(base, out, method, config={"quantization": section, "calibration": TEXT})
+
+
+def sizes_of(out):
+    "What the file says."
+    return yaml.safe_load((out / REPORT).read_text())["outlier_suppression"].get("sizes", [])
+
+
+@pytest.mark.parametrize("method, rest", [("minmax", {}), ("gptq", {}), ("gptq", {"gptq": {"true_sequential": True}})])
+def test_the_report_compares_before_and_after(base, tmp_path, method, rest):
+    run(base, tmp_path / "out", "smooth_quant", method, **rest)
+    stage, = sizes_of(tmp_path / "out")
+    assert stage["by"] == "smooth_quant" and stage["tokens"] == "192 tokens of the calibration text"
+    assert set(stage["largest_over_median"]) == {0, 1}
+    for block in stage["largest_over_median"].values():
+        assert set(block) == LEADERS
+        for norm in "self_attn.q_proj", "mlp.gate_proj": assert block[norm]["before"] > 15 > 10 > block[norm]["after"]
+    worst = stage["worst"]
+    assert worst["channels"] == 128 == len(worst["before"]) == len(worst["after"])
+    assert sorted(range(128), key=worst["before"].__getitem__)[-2:] in ([5, 33], [33, 5])
+    assert (tmp_path / "out" / PICTURE).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_sizes_are_those_of_the_model_before_and_after(base, tmp_path):
+    "Measured by plain hooks on transformers' own models: the original, and the one that `apply` edits."
+    from transformers import AutoModelForCausalLM
+
+    from llmquant.calibration.data import load_calibration
+    from llmquant.outlier_suppression.smooth_quant import SmoothQuantSuppressor
+    run(base, tmp_path / "out", "smooth_quant")
+    stage, = sizes_of(tmp_path / "out")
+    tokens = load_calibration(None, base, 512, TEXT["num_samples"], TEXT["max_length"], 42).tokens
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    smooth = SmoothQuantSuppressor().configure({}).apply(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), tokens)
+    for side, model in ("before", plain), ("after", smooth):
+        seen = []
+        hook = model.model.layers[0].mlp.gate_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        with torch.no_grad(): model(tokens)
+        hook.remove()
+        maxima = torch.cat(seen).flatten(0, 1).abs().amax(0)
+        assert stage["largest_over_median"][0]["mlp.gate_proj"][side] == pytest.approx(float(maxima.max() / maxima.median()), rel=0.02)
+
+
+def test_only_what_was_measured_is_told(base, tmp_path):
+    "A rotation is seen on the tokens of its comparison; a run without suppressors has neither numbers nor a picture."
+    report = run(base, tmp_path / "turned", "rotation")
+    stage, = report["outlier_suppression"]["sizes"]
+    assert stage["by"] == "rotation" and stage["tokens"] == "32 random tokens"
+    assert stage["largest_over_median"][0]["mlp.gate_proj"]["after"] < 5 < stage["largest_over_median"][0]["mlp.gate_proj"]["before"]
+    assert (tmp_path / "turned" / PICTURE).exists()
+    quantize(base, tmp_path / "plain", "minmax", bits=4, group_size=32)
+    assert not (tmp_path / "plain" / PICTURE).exists()
+
+
+def test_two_stages_are_two_rows(base, tmp_path):
+    report = run(base, tmp_path / "out", "rotation,smooth_quant", "gptq")
+    assert [stage["by"] for stage in report["outlier_suppression"]["sizes"]] == ["rotation", "smooth_quant"]
+    shown = report_text(report, "out")
+    assert shown.count("largest channel over median") == 2 and "in block" in shown
+    assert json.loads(json.dumps(report["outlier_suppression"]["sizes"]))  # plain values
+
+
+def test_no_pass_is_added_where_the_method_measures(base, tmp_path, monkeypatch):
+    "What the method measures and what the report tells come from one pass."
+    wanted, plain = [], BlockWalk.measure
+
+    def noting(self, index, block, leaders, *args, **kwargs):
+        wanted.append(kwargs.get("wanted") or self.wanted)
+        return plain(self, index, block, leaders, *args, **kwargs)
+
+    monkeypatch.setattr(BlockWalk, "measure", noting)
+    run(base, tmp_path / "out", "smooth_quant", "gptq")
+    assert len(wanted) == 2 * 2 and all("maxima" in names for names in wanted)
+    wanted.clear()
+    run(base, tmp_path / "more", "smooth_quant", "minmax")
+    assert len(wanted) == 2 * 2 and wanted[1] == ("maxima",)
+
+
+def test_a_killed_run_tells_the_same(base, tmp_path, monkeypatch):
+    run(base, tmp_path / "whole", "smooth_quant")
+    from llmquant.checkpoint.journal import Journal
+    plain = Journal.finish_block
+
+    def dying(self, index, results):
+        plain(self, index, results)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "finish_block", dying)
+        with pytest.raises(KeyboardInterrupt): run(base, tmp_path / "out", "smooth_quant")
+    report = run(base, tmp_path / "out", "smooth_quant")
+    assert report["resumed"]["at_block"] == 1
+    assert sizes_of(tmp_path / "out") == sizes_of(tmp_path / "whole")
+    assert (tmp_path / "out" / PICTURE).read_bytes() == (tmp_path / "whole" / PICTURE).read_bytes()
