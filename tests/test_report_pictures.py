@@ -1,5 +1,7 @@
 "What a run says of its own outliers: numbers in the report, a picture beside it, and both survive a kill."
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import tiny
@@ -124,3 +126,21 @@ def test_a_killed_run_tells_the_same(base, tmp_path, monkeypatch):
     assert report["resumed"]["at_block"] == 1
     assert sizes_of(tmp_path / "out") == sizes_of(tmp_path / "whole")
     assert (tmp_path / "out" / PICTURE).read_bytes() == (tmp_path / "whole" / PICTURE).read_bytes()
+
+
+def test_the_tool_that_measures_activations(monkeypatch):
+    "Kurtosis against its definition in plain sums, and what the codes of a picture keep."
+    monkeypatch.setattr(sys, "path", [str(Path(__file__).parent.parent / "tools"), *sys.path])
+    from measure_activations import codes, excess, figures
+    x = torch.randn(20, 6, generator=torch.Generator().manual_seed(0)) ** 3
+    values = [float(v) for v in x.flatten()]
+    mean = sum(values) / len(values)
+    second, fourth = (sum((v - mean) ** power for v in values) / len(values) for power in (2, 4))
+    assert float(excess(x.double())) == pytest.approx(fourth / second**2 - 3, rel=1e-9)
+    assert excess(x.double(), -1).tolist() == pytest.approx([float(excess(row)) for row in x.double()], rel=1e-9)
+    assert abs(float(excess(torch.randn(10**6, generator=torch.Generator().manual_seed(0)).double()))) < 0.02
+    found, maxima = figures(x), x.abs().amax(0)
+    assert found["ratio"] == pytest.approx(float(maxima.max() / maxima.median()))
+    magnitudes = torch.tensor([0.0, 1e-9, 1 / 32, 0.5, 1.0, 3.7, 2600.0])
+    back = 2 ** ((codes(magnitudes.numpy()).astype(float) - 128) / 3)
+    assert back == pytest.approx([1 / 32, 1 / 32, 1 / 32, 0.5, 1, 3.7, 2600], rel=2 ** (1 / 6) - 1)
