@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,6 +30,9 @@ from llmquant.core.statistics import LayerStats
 from llmquant.evaluation import proof
 from llmquant.evaluation.vllm_check import Job, ask_vllm_many, child_environment
 from llmquant.loading import load
+
+sys.path.append(str(Path(__file__).resolve().parents[1]/"tools"))
+import engine  # noqa: E402
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 DYNAMIC, ASYMMETRIC = ActivationScheme(), ActivationScheme(symmetric=False)
@@ -150,6 +154,20 @@ def test_loaded_model_is_quant_linear(folder):
         tensors = load_file(folder/name/"model.safetensors")
         scheme = EXPORTS[name][1] or main
         assert torch.equal(linear(x), QuantLinear(packing.unpack(DOWN, tensors, scheme, 256))(x)), name
+
+
+def test_linear_error_finds_what_differs(folder):
+    "The comparison of served Linears, on what passes through `load`'s own: fused parts, and a planted difference."
+    model = load(folder/"static", torch.float32)
+    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(5))
+    gate, up = (model.get_submodule(f"model.layers.1.mlp.{name}_proj") for name in ("gate", "up"))
+    with torch.no_grad(): y = torch.cat([gate(x), up(x)], -1)
+    name = "model.model.layers.1.mlp.gate_up_proj"
+    facts = {"parts": '{"gate_up_proj": ["gate_proj", "up_proj"]}', "heads": "{}"}
+    assert engine.linear_error(model, ({f"{name}.x": x, f"{name}.y": y}, facts)) <= 1e-7
+    assert 9e-4 < engine.linear_error(model, ({f"{name}.x": x, f"{name}.y": 1.001 * y}, facts)) < 1.1e-3
+    bare = load(folder/"static", torch.float32, activations=False)
+    assert engine.linear_error(bare, ({f"{name}.x": x, f"{name}.y": y}, facts)) > 1e-3
 
 
 LIBRARY = """

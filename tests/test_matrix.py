@@ -1,4 +1,6 @@
-"""A share of tools/matrix.py: every pair of settings on llama, four rows of each other family, some without plugins."""
+"""A share of tools/matrix.py: every pair of settings on llama, four rows of each other family, some without plugins;
+edits of outlier suppressors and grids for activations.
+"""
 
 import os
 import sys
@@ -36,6 +38,9 @@ STOCK = [
     matrix.Row("deepseek_v3", 4, False, "group 64", loader="stock", method="gptq"),
     matrix.Row("qwen3", 3, False, "group 64", loader="stock", method="hqq"),
 ]
+SUPPRESSED = ("llama outlier_suppression_v2 W4", "gpt_neox rotation+smooth_quant W4", "llama outlier_suppression_v2 W8",
+              "llama tied smooth_quant gptq W8", "qwen3 rotation+smooth_quant W8")
+STOCK += [row for row in matrix.suppressed() + matrix.activations() if row.name.startswith(SUPPRESSED)]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +59,12 @@ def test_row(figures, name):
     row = figures[name]
     assert "error" not in row, row["error"]
     assert 0 <= row["mean_kl"] <= 1e-4 and row["positions"] == 192 and row["judged"] >= 96
-    assert row["layers"] >= 14
+    assert row["layers"] >= (8 if row["model"] == "gpt_neox" else 14)
+    if row["suppressors"] == "outlier_suppression_v2":
+        assert row["shifts"] == 2
+    if row["inputs"]:
+        assert row["passed"] and row["linear_error"] <= 1e-5
+        assert row["mean_kl_without_grid"] > 1e-4 and row["linear_error_without_grid"] > 1e-3
     assert row["quant_method"] == {"plugin": "llmquant"}.get(row["loader"], row["quant_method"])
     assert (row["loader"] == "stock") == (row["quant_method"] != "llmquant")
 
@@ -80,7 +90,7 @@ def test_matrix_is_whole_on_llama_and_pairwise_elsewhere():
     }
     assert count == {"llama": 32, "qwen2": 16, "qwen3": 16, "deepseek_v3": 16}
     stock = [row for row in rows if row.loader == "stock"]
-    assert all(row.stored_bits == 4 for row in stock) and {row.format for row in stock} == {
+    assert all(row.stored_bits == 4 or row.inputs for row in stock) and {row.format for row in stock} == {
         "compressed_tensors",
         "gptq",
         "awq",

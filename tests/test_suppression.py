@@ -1,5 +1,6 @@
 """Outlier suppressors through both doors: the function stays, the files are right, wrong recipes are refused."""
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,14 @@ import tiny_tokenizer
 import torch
 import yaml
 
-from llmquant import quantize
+from llmquant import load, quantize
 from llmquant.core.errors import UsageError
 from llmquant.core.quant_linear import QuantLinear
 from llmquant.core.quantizer_registry import QuantizerRegistry
-from llmquant.evaluation.proof import check_files
+from llmquant.evaluation.proof import check_files, forced_logits
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
+import matrix  # noqa: E402
 
 TEXT = {"num_samples": 4, "max_length": 48, "batch_size": 2}
 STATIC = {"granularity": "tensor"}
@@ -77,6 +81,24 @@ def test_a_tensor_that_a_suppressor_edited_is_held_to_its_digest(checkpoints, tm
     tensors[name] = tensors[name] * 2
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(Exception, match=name): check_files(out, base)
+
+
+def test_shifted_values_of_llama_are_biases_in_the_files(tmp_path):
+    "The row of the matrix that vLLM serves would notice if a bias were left out."
+    from safetensors.torch import load_file
+    row = matrix.Row("llama", 4, False, "group 64", loader="stock", suppressors="outlier_suppression_v2")
+    out = matrix.export(row, tmp_path, 0)
+    assert json.loads((out / "config.json").read_text())["attention_bias"] is True
+    tensors = load_file(next(out.glob("*.safetensors")))
+    biases = {name: tensor for name, tensor in tensors.items() if name.endswith("bias")}
+    assert len(biases) == 8
+    for name, bias in biases.items(): assert bool(bias.any()) == ("v_proj" in name or "o_proj" in name), name
+    model = load(out, torch.float32)
+    prompts = torch.randint(3, 512, (2, 48), generator=torch.Generator().manual_seed(0)).tolist()
+    whole = torch.cat(forced_logits(model, prompts)).log_softmax(-1)
+    for layer in model.model.layers: layer.self_attn.o_proj.bias.data.zero_()
+    without = torch.cat(forced_logits(model, prompts)).log_softmax(-1)
+    assert (whole.exp() * (whole - without)).sum(-1).mean() > 1e-3
 
 
 @pytest.mark.parametrize("kind, tie, suppressors, method, rest", [RECIPES[2], RECIPES[3], RECIPES[5]])

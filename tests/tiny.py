@@ -31,7 +31,7 @@ OWN = {
     "deepseek_v3": dict(LATENT),
     "gemma2": dict(head_dim=32, sliding_window=64, query_pre_attn_scalar=32),
     "olmo2": dict(),
-    "gpt_neox": dict(),
+    "gpt_neox": dict(num_key_value_heads=4),   # it knows no shared heads, and vLLM believes a configuration that says so
     "phi3": dict(pad_token_id=0, sliding_window=None),
     "opt": dict(ffn_dim=256, word_embed_proj_dim=128, pad_token_id=0),
 }

@@ -8,9 +8,17 @@
 A row is a tiny model quantized, exported, loaded by vLLM in float16 and compared with the dequantized export
 in transformers (float32) at 4 x 48 tokens: the mean KL divergence must be at most 1e-4. `smollm2` rows are the demo's
 language model; one that is above the bound is compared with what float16 costs transformers on the same weights, and
-fails at twice that. `plugin` rows ask for
-`quantization="minmax"`, or the name of another method that made them; `stock` rows run without plugins, wherever vLLM has a kernel of its own for that layout on that
-platform. Mixtures of experts are judged at the positions where the router does not hang on rounding. Llama gets the
+fails at twice that. `plugin` rows ask for `quantization="minmax"`, or the name of another method that made them;
+`stock` rows run without plugins, wherever vLLM has a kernel of its own for that layout on that platform.
+
+Rows with outlier suppressors start from a model with strong outliers (tests/outliers.py); for outlier_suppression_v2
+`shifts` counts the sites that got a shift. Rows with a grid for activations are served in float32 on a CPU and must
+tell the simulation of that grid from none: the same bound against the simulation and more than it against weights
+alone, and on vLLM's own inputs every Linear within 1e-5 of the simulation and further from weights alone. CUDA's integer
+kernels know half precision only, in which a divergence proves nothing: there the bound is the proof's, 5e-2, and each
+Linear must be within 1e-3 of the simulation and further from weights alone.
+
+Mixtures of experts are judged at the positions where the router does not hang on rounding. Llama gets the
 whole product; the other families get rows that hold each pair of settings. Rows are written as each chunk ends, and a
 run that was stopped goes on where it was, unless --fresh.
 """
@@ -39,6 +47,22 @@ BOUND = 1e-4
 GRANULARITIES = {"tensor": (0, {"per_channel": False}), "channel": (-1, {}), "group 32": (32, {}), "group 64": (64, {})}
 GRID = {"bits": (2, 3, 4, 8), "symmetric": (True, False), "granularity": tuple(GRANULARITIES)}
 FAMILIES = ("qwen2", "qwen3", "deepseek_v3")
+VARIANTS = {"": {}, "tied": {"tie": True}, "biased": {"attention_bias": True}}
+CHANNELS, FACTOR = [5, 40, 77, 110], 16  # outliers injected before suppressors; a power of two, so nothing is rounded
+LOUD = {"llama": 64, "gpt_neox": 16, "opt": 16}  # times the embeddings before outlier_suppression_v2, see `louder_`
+TENSOR = {"granularity": "tensor"}
+INPUTS = {  # grids of activations -> the recipe's section
+    "int8 token": {"activations": 8},
+    "int8 token asymmetric": {"activations": {"symmetric": False}},
+    "int8 tensor": {"activations": TENSOR},
+    "int8 tensor asymmetric": {"activations": {**TENSOR, "symmetric": False, "dynamic_range": "mse"}},
+    "int8 tensor, down_proj token": {
+        "activations": TENSOR,
+        "overrides": [{"match": r".*\.down_proj", "activations": 8}],
+    },
+    "fp8 token": {"activations": {"type": "float"}},
+}
+LINEAR_BOUNDS = {"float32": 1e-5, "float16": 1e-3}  # on the relative error of a Linear; half rounds what it gives out
 REAL = "smollm2"  # a language model, not a tiny one: `llmquant.demo`
 ALONE = Lock()  # transformers builds models with the help of global state; only vLLM's children run side by side
 
@@ -56,16 +80,19 @@ class Row:
     container: str = "auto"
     loader: str = "plugin"
     method: str = "minmax"
+    variant: str = ""  # of the tiny model, see VARIANTS
+    suppressors: str = ""  # joined by +
+    inputs: str = ""  # the grid of activations, see INPUTS
 
     @property
     def name(self):
         "For people, and for --rows."
         layout = self.format + (f" {self.container}" if self.container != "auto" else "")
-        made = "" if self.method == "minmax" else f" {self.method}"
-        return (
-            f"{self.model}{made} W{self.bits} {self.granularity} {'symmetric' if self.symmetric else 'asymmetric'} "
-            f"{layout} {self.loader}"
-        )
+        made = "" if self.method == "minmax" else self.method
+        parts = (self.model, self.variant, self.suppressors, made, f"W{self.bits}", self.granularity)
+        grid = "symmetric" if self.symmetric else "asymmetric"
+        inputs = f"inputs {self.inputs}," if self.inputs else ""
+        return " ".join(filter(None, (*parts, grid, inputs, layout, self.loader)))
 
     @property
     def stored_bits(self):
@@ -105,7 +132,9 @@ def native(row, platform):
         return row.bits == 4
     if row.format == "float_zeros":
         return False
-    return row.stored_bits == 4 or platform == "cuda"
+    if row.model == "gpt_neox" and platform == "cuda":  # vLLM 0.26 reorders weight_shape and input_scale by heads, too
+        return row.inputs == "int8 token"
+    return row.stored_bits == 4 or platform == "cuda" or row.inputs != ""
 
 
 def all_rows(platform):
@@ -124,7 +153,7 @@ def all_rows(platform):
         if grid["bits"] < 4 and grid["symmetric"]
     ]
     stock += [Row(model, **grid, loader="stock") for model in FAMILIES for grid in pairwise(GRID)]
-    stock += [replace(row, loader="stock") for row in methods()]
+    stock += [replace(row, loader="stock") for row in methods()] + suppressed() + activations()
     return rows + methods() + [row for row in stock if native(row, platform)]
 
 
@@ -138,20 +167,86 @@ def methods():
     return [row for row in rows if row.format != "float_zeros" or row.model in ("llama", REAL)]
 
 
+SUPPRESSORS = ("smooth_quant", "outlier_suppression_v2", "rotation", "rotation+smooth_quant")
+
+
+def suppressed():
+    "Edits that leave the function of the float model, under weights of 4 bits."
+    models = [("llama", ""), ("qwen2", ""), ("qwen3", ""), ("gpt_neox", ""), ("llama", "tied"), ("opt", "tied")]
+    grids = [("group 32", False), ("group 64", True)]
+    rows = []
+    for number, (model, variant) in enumerate(models):
+        for turn, suppressors in enumerate(SUPPRESSORS):
+            granularity, symmetric = grids[(number + turn) % 2]
+            row = Row(model, 4, symmetric, granularity, loader="stock", variant=variant, suppressors=suppressors)
+            rows.append(row)
+    more = [("biased", "outlier_suppression_v2", "minmax"), ("tied", "rotation+smooth_quant", "gptq")]
+    more = [Row("llama", 4, False, "group 64", "compressed_tensors", "auto", "stock", m, v, s) for v, s, m in more]
+    return rows + more
+
+
+def activations():
+    "Weights of 8 bits with a grid for activations, as they are and after suppressors."
+    static, mixed = "int8 tensor", "int8 tensor, down_proj token"
+    made = [("llama", "", "", "minmax", inputs) for inputs in INPUTS]
+    made += [("qwen2", "", "", "minmax", static), ("qwen3", "tied", "", "minmax", "int8 token")]
+    made += [("gpt_neox", "", "", "minmax", "int8 token"), ("opt", "tied", "", "minmax", static)]
+    made += [("llama", "", "smooth_quant", "minmax", "int8 token"), ("llama", "tied", "smooth_quant", "gptq", mixed)]
+    made += [("llama", "", "outlier_suppression_v2", "minmax", static), ("llama", "", "rotation", "gptq", "int8 token")]
+    made += [("llama", "tied", "rotation+smooth_quant", "gptq", "int8 tensor asymmetric")]
+    made += [("qwen2", "", "outlier_suppression_v2", "gptq", "int8 token"), ("qwen2", "", "rotation", "minmax", mixed)]
+    made += [("qwen3", "", "smooth_quant", "minmax", static)]
+    made += [("qwen3", "", "rotation+smooth_quant", "minmax", "int8 token")]
+    made += [("gpt_neox", "", "outlier_suppression_v2", "minmax", static)]
+    made += [("gpt_neox", "", "rotation", "gptq", "int8 token")]
+    made += [("opt", "tied", "smooth_quant", "minmax", "int8 token")]
+    made += [("llama", "", "smooth_quant", "minmax", "fp8 token")]
+    columns = "model", "variant", "suppressors", "method", "inputs"
+    shared = {"bits": 8, "symmetric": True, "granularity": "channel", "loader": "stock"}
+    return [Row(**shared, **dict(zip(columns, values, strict=True))) for values in made]
+
+
 # --- one row ----------------------------------------------------------------------------------------------------------
 @cache
-def base(model, folder):
-    "The tiny checkpoint of a family, or the real one."
+def base(model, folder, variant="", suppressors=""):
+    "The tiny checkpoint of a family, or the real one; what suppressors work on has outliers."
+    import outliers
     import tiny
     import tiny_tokenizer
 
+    path = Path(folder) / "base" / f"{model}{variant}{suppressors}"
     if model == REAL:
         from llmquant.demo import demo_base
 
-        return demo_base(Path(folder) / "base" / model, "float16")
-    path = tiny.make(model, Path(folder) / "base" / model)
+        return demo_base(path, "float16")
+    made = tiny.build(model, **VARIANTS[variant])
+    if suppressors:
+        outliers.inject_outliers(made, CHANNELS, FACTOR)
+    if "outlier_suppression_v2" in suppressors:
+        louder_(made, LOUD.get(model, 1))
+    made.save_pretrained(path)
+    tiny.publish(path, model)
     tiny_tokenizer.save(path)
     return path
+
+
+def louder_(model, factor):
+    """Make the residual stream that blocks add to `factor` times as large, as trained models have it; tied logits stay.
+    outlier_suppression_v2 shifts nothing where rounding biases to half would show, and in a quiet stream it shows."""
+    import torch
+
+    embeddings = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    norms = [module for name, module in model.named_modules() if "norm" in name and "layers." not in name]
+    with torch.no_grad():
+        for module in embeddings:
+            module.weight *= factor
+        for weight in norms[-1].parameters() if model.config.tie_word_embeddings else ():
+            weight /= factor
+
+
+def base_of(row, folder):
+    "The checkpoint that a row starts from."
+    return base(row.model, str(folder), row.variant, row.suppressors)
 
 
 def export(row, folder, number):
@@ -162,40 +257,77 @@ def export(row, folder, number):
     options = {**(options if row.method == "minmax" else {}), "symmetric": row.symmetric}
     if row.format == "float_zeros":
         options["float_zeros"] = True
-    text = {} if row.method in ("minmax", "hqq") else {"calibration.num_samples": 8, "calibration.max_length": 64}
+    section = {row.method: options, **INPUTS.get(row.inputs, {})}
+    if row.suppressors:
+        section["outlier_suppression"] = row.suppressors.split("+")
+    reads = row.method not in ("minmax", "hqq") or row.suppressors or "tensor" in row.inputs
+    text = {"calibration.num_samples": 8, "calibration.max_length": 64} if reads else {}
     out = Path(folder) / f"{number}"
     quantize(
-        base(row.model, str(folder)),
+        base_of(row, folder),
         out,
         method=row.method,
         bits=row.bits,
         group_size=group_size,
         format=row.format,
         container=row.container,
-        config={"quantization": {row.method: options}},
+        config={"quantization": section},
         device="cpu",
         **text,
     )
     return out
 
 
-def compare(out, reference, prompts, said):
-    "The figures of one row: files against the digests, vLLM against the dequantized export."
+def compare(job, reference, said, seen):
+    "The figures of one row: files against the digests, vLLM against the dequantized export and its activation grid."
     import torch
 
-    from llmquant.evaluation.proof import check_files, divergences, forced_logits, judged_positions, summary
+    from llmquant.checkpoint.source import read_json
+    from llmquant.evaluation import proof
+    from llmquant.evaluation.proof_config import read_report
     from llmquant.loading import load
 
-    layers = check_files(out, reference)["layers"]
-    model = load(out, torch.float32, "cpu", torch.float16)
-    logits = forced_logits(model, prompts)
-    judged = judged_positions(model, logits, prompts, torch.float16, BOUND)
-    figures = summary(*divergences(logits, said), judged, BOUND)
-    bound = BOUND
-    if figures["mean_kl"] > BOUND and len(model.model.layers) > 2:  # a real model: is it the arithmetic of float16?
+    out, prompts, served_in = Path(job.path), job.prompts, getattr(torch, job.dtype)
+    layers, report = proof.check_files(out, reference)["layers"], read_report(out)
+    model = load(out, torch.float32, "cpu", served_in)
+    logits = proof.forced_logits(model, prompts)
+    bound = proof.bound_on_kl(read_json(out / "config.json"), job.dtype)
+    judged = proof.judged_positions(model, logits, prompts, served_in, bound)
+    figures = proof.summary(*proof.divergences(logits, said), judged, bound)
+    if figures["mean_kl"] > bound and model.config.num_hidden_layers > 2:  # a real model: is it float16's arithmetic?
         figures["own_noise"] = half_noise(load(out, torch.float16, "cpu", torch.float16), logits, prompts)
-        bound = max(BOUND, 2 * figures["own_noise"])
-    return {"layers": layers, **figures, "passed": bool(figures["mean_kl"] <= bound), "seconds": round(said.seconds, 1)}
+        bound = max(bound, 2 * figures["own_noise"])
+    found = {"layers": layers, "dtype": job.dtype, **shifts(report), **figures}
+    found["passed"] = bool(figures["mean_kl"] <= bound)
+    if seen:
+        found |= with_grid(model, job, said, seen, found)
+    return {**found, "seconds": round(said.seconds, 1)}
+
+
+def shifts(report):
+    "At how many sites outlier_suppression_v2 shifted channels."
+    blocks = (report.get("outlier_suppression") or {}).get("blocks", {}).values()
+    sites = [site for block in blocks for site in block.get("outlier_suppression_v2", {}).get("pairs", {}).values()]
+    return {"shifts": sum(site["edit"] == "shift and scale" for site in sites)} if sites else {}
+
+
+def with_grid(model, job, said, seen, found):
+    "Figures of every Linear, and those of a reference without the grid, which must be further away than is allowed."
+    import torch
+    from engine import linear_error
+
+    from llmquant.evaluation.proof import divergences, forced_logits
+    from llmquant.loading import load
+
+    bare = load(job.path, torch.float32, "cpu", getattr(torch, job.dtype), activations=False)
+    without = divergences(forced_logits(bare, job.prompts), said)[0].mean().item()
+    errors, limit = [linear_error(one, seen) for one in (model, bare)], LINEAR_BOUNDS[job.dtype]
+    rounded = (float(f"{value:.3g}") for value in (without, *errors))
+    figures = dict(zip(("mean_kl_without_grid", "linear_error", "linear_error_without_grid"), rounded, strict=True))
+    proves = errors[1] > limit and (job.dtype != "float32" or without > BOUND)
+    if not proves:
+        figures["error"] = f"the row proves nothing: a reference without the grid is as near as one with it ({figures})"
+    return {**figures, "passed": found["passed"] and errors[0] <= limit and proves}
 
 
 def half_noise(half, logits, prompts):
@@ -215,7 +347,7 @@ def run_rows(rows, folder):
     "What vLLM makes of `rows`, which share a loader; one child answers all of them. A dictionary for each, in order."
     from llmquant.checkpoint.source import read_json
     from llmquant.core.errors import LLMQuantError
-    from llmquant.evaluation.proof import teacher_tokens
+    from llmquant.evaluation.proof import serving_dtype, teacher_tokens
     from llmquant.evaluation.vllm_check import Job, ask_vllm_many
 
     folder, found, jobs = Path(folder), {}, {}
@@ -226,21 +358,32 @@ def run_rows(rows, folder):
         except LLMQuantError as error:
             found[number] = {"passed": False, "error": f"export: {error}"}
             continue
-        prompts = teacher_tokens(out, read_json(out / "config.json"))
-        jobs[number] = Job(str(out), prompts, quantization=row.method if row.loader == "plugin" else None)
+        config = read_json(out / "config.json")
+        name = row.method if row.loader == "plugin" else None
+        jobs[number] = Job(str(out), teacher_tokens(out, config), serving_dtype(config), name)
     stock = rows[0].loader == "stock"
     answers = ask_vllm_many(list(jobs.values()), stock) if jobs else []
+    served = {number: job for (number, job), said in zip(jobs.items(), answers, strict=True) if not said.error}
+    seen = see_linears(rows, served)
     for (number, job), said in zip(jobs.items(), answers, strict=True):
         if said.error:
             found[number] = {"passed": False, "error": said.error}
             continue
         try:
             with ALONE:
-                found[number] = compare(Path(job.path), base(rows[number].model, str(folder)), job.prompts, said)
+                found[number] = compare(job, base_of(rows[number], folder), said, seen.get(number))
         except LLMQuantError as error:
             found[number] = {"passed": False, "error": str(error)}
         found[number]["quant_method"] = said.quantization
     return [{"name": row.name, **asdict(row), **found[number]} for number, row in enumerate(rows)]
+
+
+def see_linears(rows, served):
+    "What passes through the Linears of rows with a grid for activations, by their number."
+    import engine
+
+    asked = {number: job for number, job in served.items() if rows[number].inputs}
+    return dict(zip(asked, engine.ask("linears", list(asked.values())), strict=True)) if asked else {}
 
 
 # --- all rows ---------------------------------------------------------------------------------------------------------
@@ -279,7 +422,7 @@ def header(platform):
         about["vllm"] = importlib.metadata.version("vllm")
     return {
         "command": f"tools/matrix.py --platform {platform}",
-        "about": "KL(dequantized export in float32 || vLLM in float16)",
+        "about": "KL(dequantized export in float32 || vLLM in the row's dtype, else float16)",
         "machine": about,
         "protocol": {"platform": platform, "bound": BOUND, "prompts": 4, "predicted": 48},
     }
