@@ -24,7 +24,7 @@ import numpy as np
 from measure import ROOT, Results, machine
 from measure_methods import called, device_name
 
-ROWS = {"as it is": None, "smooth_quant": "smooth_quant", "outlier_suppression_v2": "outlier_suppression_v2", "rotation": "rotation"}
+ROWS = ("as it is", "smooth_quant", "outlier_suppression_v2", "rotation")  # the last three are suppressors by name
 KINDS = {"q, k, v": "self_attn.q_proj", "o": "self_attn.o_proj", "gate, up": "mlp.gate_proj", "down": "mlp.down_proj"}
 CALIBRATION, WINDOWS, LENGTH, TOKENS = 8, 4, 512, 16
 STEPS, ONE, LEAST = 3, 128, 113  # codes per power of two, the code of 1, the code of 1/32 and of all that is smaller
@@ -36,13 +36,13 @@ def codes(magnitudes):
         return np.clip(np.round(STEPS * np.log2(magnitudes)) + ONE, LEAST, 255).astype(np.uint8)
 
 
-def suppressed(model, name, tokens, device):
-    "The model after one suppressor, in memory."
-    from llmquant.core.outlier_suppression_registry import OutlierSuppressionRegistry
+def suppressed(model, row, tokens):
+    "The model of a row, in memory."
+    from llmquant.core.outlier_suppression_registry import OutlierSuppressionRegistry, is_blockwise
 
-    model = model.to(device)
-    if name: OutlierSuppressionRegistry.get(name)().configure({}).apply(model, None if name == "rotation" else tokens)
-    return model
+    if row == "as it is": return model
+    suppressor = OutlierSuppressionRegistry.get(row)().configure({})
+    return suppressor.apply(model, tokens if is_blockwise(suppressor) else None)
 
 
 def linears(model, block):
@@ -70,7 +70,8 @@ def look(model, windows):
 
     from llmquant.core.input_groups import watching
 
-    named = {(kind, block): module for block in range(len(model.model.layers)) for kind, module in linears(model, block).items()}
+    blocks = range(len(model.model.layers))
+    named = {(kind, block): module for block in blocks for kind, module in linears(model, block).items()}
     seen = {key: [] for key in named}
     with torch.no_grad(), watching(named, lambda key, x: seen[key].append(x[0].float())):
         logits = [model(window[None].to(model.device)).logits[0] for window in windows][0]
@@ -102,11 +103,11 @@ def measure(given, base, tokens):
     from transformers import AutoModelForCausalLM
 
     plain, block = None, given.block
-    for row, suppressor in ROWS.items():
+    for row in ROWS:
         if row != "as it is" and not re.search(given.rows, row): continue
-        torch.manual_seed(0)
-        clock, model = time.perf_counter(), AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-        found, first, logits = look(suppressed(model, suppressor, tokens[:CALIBRATION], given.device), tokens[CALIBRATION:])
+        clock = time.perf_counter()
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval().to(given.device)
+        found, first, logits = look(suppressed(model, row, tokens[:CALIBRATION]), tokens[CALIBRATION:])
         if plain is None: plain, block = logits, worst_block(found) if block is None else block
         facts = {"device": device_name(given), "seconds": round(time.perf_counter() - clock, 1), "block": block,
                  "logits_change": float(f"{(logits - plain).norm() / plain.norm():.2g}"),
@@ -118,7 +119,8 @@ def main():
     "Parse the command line, measure, and put what is new beside what is there."
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calibration", type=Path, required=True)
-    parser.add_argument("--base", type=Path, default=ROOT / "demo" / "base-float32", help="where the float32 model is, or will be made")
+    parser.add_argument("--base", type=Path, default=ROOT / "demo" / "base-float32",
+                        help="where the float32 model is, or will be made")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "activations.json")
     parser.add_argument("--rows", default="")
     parser.add_argument("--block", type=int, help="whose tokens are kept; the one with the largest kurtosis by default")
