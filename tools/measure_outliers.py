@@ -5,11 +5,11 @@
     measure_outliers.py --list                   the names
 
 The model is SmolLM2-135M-Instruct off its grid in float32 (`llmquant.demo`); rows with `injected` are of the same
-function with strong outliers in its norms (tests/outliers.py). Quantized in memory, perplexity through QuantLinear, which
-puts inputs on the grid as vLLM does. Calibration: the first 32 windows of 512 tokens of --calibration; perplexity: the
-first 24 windows of 1024 tokens of --text. An activation near the border of two codes goes either way by rounding alone,
-so each row is several runs, on models whose embeddings were changed by 1e-6 (relative, Gaussian, one seed a run), and its
-perplexity is their mean.
+function with strong outliers in its norms (tests/outliers.py). Quantized in memory, perplexity through QuantLinear,
+which puts inputs on the grid as vLLM does. Calibration: the first 32 windows of 512 tokens of --calibration;
+perplexity: the first 24 windows of 1024 tokens of --text. An activation near the border of two codes goes either way by
+rounding alone, so each row is several runs, on models whose embeddings were changed by 1e-6 (relative, Gaussian, one
+seed a run), and its perplexity is their mean.
 """
 
 import argparse
@@ -28,39 +28,59 @@ STATIC = {"granularity": "tensor", "dynamic_range": "minmax"}
 STATIC_MSE = {"granularity": "tensor", "dynamic_range": "mse"}
 FLOAT8 = {"type": "float"}
 SMOOTH, AUTO, OS2 = ("smooth_quant", {}), ("smooth_quant", {"auto_alpha": True}), ("outlier_suppression_v2", {})
-ROTATED = ("rotation", {})
+ROTATED, BLOCKS = ("rotation", {}), ("rotation", {"block_size": 192})
 DOWN_DYNAMIC = [{"match": r".*\.down_proj", "activations": 8}]
 
 
-def row(name, *suppressors, bits=8, activations=8, method="minmax", overrides=(), group_size=-1, injected=False):
+def row(name, *suppressors, bits=8, activations=8, method="minmax", overrides=(), dynamic_range=None,
+        injected=False):
     "A row: its name and what is done."
     return {"name": name, "suppressors": suppressors, "bits": bits, "activations": activations, "method": method,
-            "overrides": list(overrides), "group_size": group_size, "injected": injected}
+            "overrides": list(overrides), "group_size": -1, "dynamic_range": dynamic_range, "injected": injected}
+
+
+KINDS = {"as it is": (), "smooth_quant": (SMOOTH,), "smooth_quant auto": (AUTO,), "outlier_suppression_v2": (OS2,),
+         "rotation": (ROTATED,), "rotation, smooth_quant": (ROTATED, SMOOTH),
+         "rotation, outlier_suppression_v2": (ROTATED, OS2), "rotation in blocks": (BLOCKS,)}
+FIRST, FEW = list(KINDS)[:-1], ("as it is", "smooth_quant", "outlier_suppression_v2")
+
+
+def rows_at_8_bits():
+    "Weights of 8 bits."
+    yield row("W8", activations=None)
+    for words in FIRST: yield row(f"W8A8 dynamic, {words}", *KINDS[words])
+    for words in FIRST: yield row(f"W8A8 static mse, {words}", *KINDS[words], activations=STATIC_MSE)
+    for words in FIRST[:-1]:
+        yield row(f"W8A8 static mse, down_proj dynamic, {words}", *KINDS[words], activations=STATIC_MSE,
+                  overrides=DOWN_DYNAMIC)
+    for words in FEW:
+        yield row(f"W8A8 dynamic, {words}, injected", *KINDS[words], injected=True)
+        yield row(f"W8A8 static mse, {words}, injected", *KINDS[words], activations=STATIC_MSE, injected=True)
+        yield row(f"W8A8 static minmax, {words}", *KINDS[words], activations=STATIC)
+    for words in (*FEW, "rotation, smooth_quant"):
+        yield row(f"W8A8 static mse, gptq, {words}", *KINDS[words], activations=STATIC_MSE, method="gptq")
+    yield row("FP8 dynamic", activations=FLOAT8)
+    yield row("W8A8 dynamic, smooth_quant auto, injected", AUTO, injected=True)
+    for alpha in (0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9):
+        yield row(f"W8A8 dynamic, smooth_quant alpha {alpha}", ("smooth_quant", {"alpha": alpha}))
+
+
+def rows_at_4_bits():
+    "Weights of 4 bits."
+    kinds = (*FEW, "rotation", "rotation in blocks")
+    for words in kinds:
+        yield row(f"W4A8 dynamic, {words}", *KINDS[words], bits=4)
+        yield row(f"W4A4 dynamic, {words}", *KINDS[words], bits=4, activations=4)
+        yield row(f"W4A4 dynamic, gptq, {words}", *KINDS[words], bits=4, activations=4, method="gptq")
+    for words in (kinds[0], *kinds[-2:]):
+        yield row(f"W4 channel, {words}", *KINDS[words], bits=4, activations=None)
+        yield row(f"W4 channel mse, {words}", *KINDS[words], bits=4, activations=None, dynamic_range="mse")
+        yield row(f"W4 channel gptq, {words}", *KINDS[words], bits=4, activations=None, method="gptq")
 
 
 def all_rows():
-    "The most important first."
-    rows = [row("W8", activations=None)]
-    kinds = {"as it is": (), "smooth_quant": (SMOOTH,), "smooth_quant auto": (AUTO,), "outlier_suppression_v2": (OS2,),
-             "rotation": (ROTATED,), "rotation, smooth_quant": (ROTATED, SMOOTH), "rotation, outlier_suppression_v2": (ROTATED, OS2)}
-    for words, suppressors in kinds.items(): rows.append(row(f"W8A8 dynamic, {words}", *suppressors))
-    for words, suppressors in kinds.items():
-        rows.append(row(f"W8A8 static mse, {words}", *suppressors, activations=STATIC_MSE))
-        rows.append(row(f"W8A8 static mse, down_proj dynamic, {words}", *suppressors, activations=STATIC_MSE, overrides=DOWN_DYNAMIC))
-    for words in ("as it is", "smooth_quant", "outlier_suppression_v2"):
-        rows.append(row(f"W8A8 static minmax, {words}", *kinds[words], activations=STATIC))
-        rows.append(row(f"W8A8 dynamic, {words}, injected", *kinds[words], injected=True))
-        rows.append(row(f"W8A8 static mse, {words}, injected", *kinds[words], activations=STATIC_MSE, injected=True))
-        rows.append(row(f"W8A8 static mse, gptq, {words}", *kinds[words], activations=STATIC_MSE, method="gptq"))
-    rows.append(row("FP8 dynamic", activations=FLOAT8))
-    for words in ("as it is", "smooth_quant", "outlier_suppression_v2", "rotation"):
-        rows.append(row(f"W4A8 dynamic, {words}", *kinds[words], bits=4))
-        rows.append(row(f"W4A4 dynamic, {words}", *kinds[words], bits=4, activations=4))
-        rows.append(row(f"W4A4 dynamic, gptq, {words}", *kinds[words], bits=4, activations=4, method="gptq"))
-    for words in ("as it is", "rotation"): rows.append(row(f"W4 channel, {words}", *kinds[words], bits=4, activations=None))
-    for alpha in (0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9):
-        rows.append(row(f"W8A8 dynamic, smooth_quant alpha {alpha}", ("smooth_quant", {"alpha": alpha})))
-    return rows
+    "Those of 8 bits first."
+    return [*rows_at_8_bits(), *rows_at_4_bits()]
 
 
 def perturbed(model, seed):
@@ -86,7 +106,9 @@ def prepared(bench, given, one, seed):
 
 def recipe(one):
     "The document that describes a row."
-    section = {"symmetric": True, "overrides": one["overrides"], "outlier_suppression": [name for name, _ in one["suppressors"]]}
+    section = {"symmetric": True, "overrides": one["overrides"],
+               "outlier_suppression": [name for name, _ in one["suppressors"]]}
+    if one["dynamic_range"]: section["dynamic_range"] = one["dynamic_range"]
     if one["activations"]: section["activations"] = one["activations"]
     section |= {name: options for name, options in one["suppressors"] if options}
     return {"quantization": section, "calibration": {"batch_size": 4}}
@@ -96,7 +118,7 @@ def measure(one, given, bench, data, results):
     "One row: every seed that is still to be measured."
     from llmquant.core.quantizer_registry import QuantizerRegistry
 
-    facts = {key: one[key] for key in ("bits", "group_size", "activations", "method", "overrides", "injected")}
+    facts = {key: value for key, value in one.items() if key not in ("name", "suppressors")}
     facts["suppressors"] = {name: options for name, options in one["suppressors"]}
     static = isinstance(one["activations"], dict) and one["activations"].get("granularity") == "tensor"
     reads = one["method"] == "gptq" or one["suppressors"] or static
@@ -107,14 +129,16 @@ def measure(one, given, bench, data, results):
         model = quantizer.quantize(model, bits=one["bits"], group_size=one["group_size"],
                                    calibration_data=data if reads else None, config=recipe(one))
         seconds = round(time.perf_counter() - clock, 1)
-        run = {"device": device_name(given), "seed": seed, "seconds": seconds, "perplexity": round(bench.perplexity(model), 4)}
+        run = {"device": device_name(given), "seed": seed, "seconds": seconds,
+               "perplexity": round(bench.perplexity(model), 4)}
         add(results, one["name"], facts, [*results.runs(one["name"]), run])
 
 
 def add(results, name, facts, runs):
     "A row from its runs: mean and spread."
     values = [run["perplexity"] for run in runs]
-    results.add(name=name, **facts, perplexity=round(sum(values) / len(values), 4), spread=round(max(values) - min(values), 4), runs=runs)
+    results.add(name=name, **facts, perplexity=round(sum(values) / len(values), 4),
+                spread=round(max(values) - min(values), 4), runs=runs)
 
 
 def in_float(given, bench, results):
@@ -131,7 +155,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calibration", type=Path)
     parser.add_argument("--text", type=Path)
-    parser.add_argument("--base", type=Path, default=ROOT / "demo" / "base-float32", help="where the float32 model is, or will be made")
+    parser.add_argument("--base", type=Path, default=ROOT / "demo" / "base-float32",
+                        help="where the float32 model is, or will be made")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "outliers.json")
     parser.add_argument("--rows", default="")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -147,10 +172,12 @@ def main():
 
     bench = bench_of(given, given.text, given.windows)
     data = load_calibration(str(given.calibration), bench.base, 49152, WINDOWS, 512, 0)
-    header = {"command": "tools/measure_outliers.py", "about": __doc__.split("\n")[0], "machines": {device_name(given): machine()},
-              "protocol": {"model": "SmolLM2-135M-Instruct, llmquant.demo, float32", "context": CONTEXT, "windows": given.windows,
-                           "text": called(given.text), "calibration": f"{called(given.calibration)}, {WINDOWS} x 512",
-                           "noise": NOISE, "injected": f"{CHANNELS} channels times {INJECTED:g}"}}
+    header = {"command": "tools/measure_outliers.py", "about": __doc__.split("\n")[0],
+              "machines": {device_name(given): machine()},
+              "protocol": {"model": "SmolLM2-135M-Instruct, llmquant.demo, float32", "context": CONTEXT,
+                           "windows": given.windows, "text": called(given.text), "noise": NOISE,
+                           "calibration": f"{called(given.calibration)}, {WINDOWS} x 512",
+                           "injected": f"{CHANNELS} channels times {INJECTED:g}"}}
     results = Rows(given.out, header, given.fresh)
     in_float(given, bench, results)
     for one in rows: measure(one, given, bench, data, results)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SAME_FUNCTION', 'BlockWalk', 'BlockView', 'input_grids', 'grids_of', 'rounded']
 
-# %% ../../nbs/core/block_walk.ipynb #0562c1f0
-from collections.abc import Callable, Mapping
+# %% ../../nbs/core/block_walk.ipynb #a978cefd
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -193,13 +193,19 @@ def grids_of(
     return {find(r.layer.name): partial(simulate, scheme=q.scheme.activations, scale=q.input_scale, zero=q.input_zero)
             for q, r in found if q.scheme.activations}
 
-# %% ../../nbs/core/block_walk.ipynb #182decd7
+# %% ../../nbs/core/block_walk.ipynb #70003402
 @patch
 def outputs(self:BlockView,
     batches:int=1, # At most; from the first
+    tokens:int|None=None, # Enough; None for all of the batches
 ) -> list[Tensor]: # [batch, tokens, hidden_size] each
     "The block's outputs with its weights as they are."
-    return [self.run(batch) for batch in range(min(batches, self.batches))]
+    found, seen = [], 0
+    for batch in range(min(batches, self.batches)):
+        if tokens and seen >= tokens: break
+        found.append(self.run(batch))
+        seen += found[-1].shape[:-1].numel()
+    return found
 
 def _own_range(x:Tensor, scheme) -> Tensor:
     "An input on a static grid that fits itself, or on a dynamic one."
@@ -209,9 +215,12 @@ def _own_range(x:Tensor, scheme) -> Tensor:
     return simulate(x, scheme, *static_parameters(stats.finish(), scheme))
 
 @contextmanager
-def rounded(view:BlockView):
-    "The planned Linears of a block on their grids, rounded to nearest, and their inputs on theirs, for a while."
-    schemes = {view.find(name): plan.scheme for name, plan in view.plans.items()}
+def rounded(
+    view:BlockView,      # The block
+    names:Iterable[str], # Linears of its plans
+):
+    "Linears of a block on their grids, rounded to nearest, and their inputs on theirs, for a while."
+    schemes = {view.find(name): view.plans[name].scheme for name in names}
     weights = {m: round_to_grid(m.weight.detach(), s).dequantize(m.weight.dtype) for m, s in schemes.items()}
     grids = {m: partial(_own_range, scheme=s.activations) for m, s in schemes.items() if s.activations}
     with _swapped(weights), input_grids(grids): yield
@@ -220,9 +229,10 @@ def rounded(view:BlockView):
 def error(self:BlockView,
     reference:list[Tensor], # From `outputs`, before any edit
     batches:int=1,          # At most
+    names:Iterable[str]|None=None, # Of the Linears that are rounded; None: all that are planned
 ) -> float:                 # 1 where a token's output changes by all of itself
     "Relative squared change of each token's output, on average, when Linears and their inputs are rounded as planned."
-    with rounded(self): got = self.outputs(batches)
+    with rounded(self, self.plans if names is None else names): got = self.outputs(batches)
     changes = [(g - r).square().sum(-1) / r.square().sum(-1).clamp(min=1e-30) for g, r in zip(got, reference)]
     return float(torch.cat([change.flatten() for change in changes]).mean())
 

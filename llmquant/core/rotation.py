@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'PIECE', 'Read', 'Edit', 'random_signs', 'random_orthogonal', 'mirrored', 'Rotation', 'make_rotation',
-           'ValueSite', 'RotationSites', 'turn', 'turn_heads', 'norm_gain', 'kept_bias', 'residual_edits',
-           'value_edits', 'both']
+           'like_gains', 'make_blocks', 'ValueSite', 'RotationSites', 'turn', 'turn_heads', 'norm_gain', 'kept_gain',
+           'kept_bias', 'residual_edits', 'value_edits', 'both']
 
 # %% ../../nbs/core/rotation.ipynb #ca24e399
 from collections.abc import Callable, Mapping, Sequence
@@ -84,6 +84,32 @@ def make_rotation(
     return Rotation(size, (lambda x: x @ matrix.to(x),),
                     f"orthogonal {size}{' that keeps the mean' if keep_ones else ''}")
 
+# %% ../../nbs/core/rotation.ipynb #e8590dfc
+def like_gains(
+    gains:Sequence[Tensor], # [n] each, of the norms that read the stream
+    block_size:int,         # Channels that are mixed with each other
+) -> tuple[Tensor, ...]:    # int64: the channels of each block; the last may be smaller
+    "Put channels of like gain together, by the geometric mean over norms."
+    sizes = torch.stack([gain.double().abs() for gain in gains])
+    floor = sizes.median(1, keepdim=True).values.clamp(min=1e-30) * 1e-6
+    return sizes.clamp(min=floor).log().mean(0).argsort(stable=True).split(block_size)
+
+def make_blocks(
+    blocks:Sequence[Tensor], # Channels of each block; every channel once
+    kind:str="hadamard",     # These four as above
+    seed:int=0,
+    name:str="",
+    keep_ones:bool=False,
+) -> Rotation:
+    "A random rotation that mixes only the channels of a block."
+    parts = [make_rotation(len(block), kind, seed, f"{name} {i}", keep_ones) for i, block in enumerate(blocks)]
+    def through(x):
+        out = torch.empty_like(x)
+        for block, part in zip(blocks, parts): out[..., block.to(x.device)] = part(x[..., block.to(x.device)])
+        return out
+    text = f"{len(blocks)} blocks of like gain: {parts[0].text}"
+    return Rotation(sum(len(block) for block in blocks), (through,), text)
+
 # %% ../../nbs/core/rotation.ipynb #8ae3b1f7
 @dataclass(frozen=True)
 class ValueSite:
@@ -158,10 +184,23 @@ def norm_gain(
     weight = f"{norm}.weight"
     return read(weight).double() + sites.gain_offset if norm and weight in names else None
 
-# %% ../../nbs/core/rotation.ipynb #c405d522
+# %% ../../nbs/core/rotation.ipynb #96e6a92c
+def kept_gain(
+    gain:Tensor,               # float64 [n], of a norm
+    blocks:Sequence[Tensor]=(), # Channels that are mixed with each other; none: all of them
+    lowest:float=2.**-14,      # Exponents that 16 bits can hold
+) -> Tensor:                   # float64 [n]
+    "The power of two nearest to the typical gain of each block; 1 for all when there is but one."
+    kept = torch.ones_like(gain)
+    for block in blocks:
+        size = gain[block].square().mean().sqrt()
+        if size > 0: kept[block] = (2**size.log2().round()).clamp(lowest, 1 / lowest)
+    return kept
+
+# %% ../../nbs/core/rotation.ipynb #3bcdcf48
 def kept_bias(
     bias:Tensor,          # Of the LayerNorm
-    gain:Tensor|None,     # Of the same
+    gain:Tensor|None,     # What of its gain went into the readers
     rotation:Rotation,    # Q
     norm:str,             # For the message
 ) -> Tensor:              # float32
@@ -175,35 +214,50 @@ def kept_bias(
         bias = torch.where(bias == 0, 0., bias / gain)
     return turn(bias, rotation)
 
-def _reader_edits(sites:RotationSites, names:Mapping, norm:str, readers:Sequence[str], rotation:Rotation) -> dict:
+# %% ../../nbs/core/rotation.ipynb #b1bc7ae5
+def _norm_edits(
+    sites:RotationSites, names:Mapping, norm:str, rotation:Rotation, blocks:Sequence[Tensor], takes_bias:bool
+) -> tuple[Callable, dict]:
+    "What of a norm's gain goes into its readers, and the edits of the norm itself."
+    lowest = 2.**-7 if sites.gain_offset else 2.**-14 # 1 + w in bfloat16
+    whole = lambda read: norm_gain(read, names, norm, sites)
+    kept = lambda read: kept_gain(whole(read), blocks, lowest)
+    weight, bias, edits = f"{norm}.weight", f"{norm}.bias", {}
+    has_gain = bool(norm) and weight in names
+    folded = lambda read: whole(read) / kept(read) if has_gain else None
+    if has_gain: edits[weight] = lambda read: (kept(read) - sites.gain_offset).to(read(weight).dtype)
+    if norm and bias in names:
+        edits[bias] = ((lambda read: torch.zeros_like(read(bias))) if takes_bias else
+                       lambda read: kept_bias(read(bias), folded(read), rotation, norm))
+    return folded, edits
+
+def _reader_edits(
+    sites:RotationSites, names:Mapping, norm:str, readers:Sequence[str], rotation:Rotation, blocks:Sequence[Tensor]
+) -> dict:
     "Edits of one norm and of the modules that read it."
-    gain = lambda read: norm_gain(read, names, norm, sites)
-    bias, edits = f"{norm}.bias", {}
-    takes_bias = norm and bias in names and all(f"{reader}.bias" in names for reader in readers)
+    bias = f"{norm}.bias"
+    takes_bias = bool(norm) and bias in names and all(f"{reader}.bias" in names for reader in readers)
+    folded, edits = _norm_edits(sites, names, norm, rotation, blocks, takes_bias)
     for reader in readers:
         weight = f"{reader}.weight"
-        edits[weight] = lambda read, w=weight: turn(read(w), rotation, gain=gain(read))
+        edits[weight] = lambda read, w=weight: turn(read(w), rotation, gain=folded(read))
         if takes_bias:
             edits[f"{reader}.bias"] = lambda read, w=weight, b=f"{reader}.bias": (
                 read(b).double() + read(w).double() @ read(bias).double()).float()
-    if norm and f"{norm}.weight" in names:
-        edits[f"{norm}.weight"] = lambda read: torch.full_like(read(f"{norm}.weight"), 1 - sites.gain_offset)
-    if norm and bias in names:
-        edits[bias] = ((lambda read: torch.zeros_like(read(bias))) if takes_bias else
-                       lambda read: kept_bias(read(bias), gain(read), rotation, norm))
     return edits
 
-# %% ../../nbs/core/rotation.ipynb #c63431c9
+# %% ../../nbs/core/rotation.ipynb #7fa88ff9
 def residual_edits(
     sites:RotationSites, # Of the architecture
     names:Mapping,       # Tensor names of the checkpoint
     rotation:Rotation,   # R1
+    blocks:Sequence[Tensor]=(), # Channels that it mixes with each other; none: all of them
 ) -> dict[str, Edit]:    # Tensor name to its edit; the head's weight among them
     "Turn the residual stream."
     edits = {name: lambda read, n=name: turn(read(n), rotation) for name in sites.embeddings}
-    for norm, readers in sites.norms: edits |= _reader_edits(sites, names, norm, readers, rotation)
+    for norm, readers in sites.norms: edits |= _reader_edits(sites, names, norm, readers, rotation, blocks)
     head, shared = f"{sites.head}.weight", sites.embeddings[0]
-    last = _reader_edits(sites, names, sites.final_norm, (sites.head,), rotation)
+    last = _reader_edits(sites, names, sites.final_norm, (sites.head,), rotation, blocks)
     own = last[head]
     last[head] = (lambda read: own(lambda name: read(shared if name == head else name))) if sites.tied else own
     edits |= last
