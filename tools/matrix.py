@@ -14,9 +14,9 @@ fails at twice that. `plugin` rows ask for `quantization="minmax"`, or the name 
 Rows with outlier suppressors start from a model with strong outliers (tests/outliers.py); for outlier_suppression_v2
 `shifts` counts the sites that got a shift. Rows with a grid for activations are served in float32 on a CPU and must
 tell the simulation of that grid from none: the same bound against the simulation and more than it against weights
-alone, and on vLLM's own inputs every Linear within 1e-5 of the simulation and further from weights alone. CUDA's integer
-kernels know half precision only, in which a divergence proves nothing: there the bound is the proof's, 5e-2, and each
-Linear must be within 1e-3 of the simulation and further from weights alone.
+alone, and on vLLM's own inputs every Linear within 1e-5 of the simulation and further from weights alone. CUDA's
+integer kernels know half precision only, in which a divergence proves nothing: there the bound is the proof's, 5e-2,
+and each Linear must be within 1e-3 of the simulation and further from weights alone.
 
 Mixtures of experts are judged at the positions where the router does not hang on rounding. Llama gets the
 whole product; the other families get rows that hold each pair of settings. Rows are written as each chunk ends, and a
@@ -159,9 +159,10 @@ def all_rows(platform):
 
 def methods():
     "What calibrated methods and HQQ export by default, on every family."
-    made = [("gptq", 4, True, "gptq"), ("gptq", 4, False, "compressed_tensors"), ("gptq", 3, False, "compressed_tensors")]
-    made += [("awq", 4, False, "awq"), ("awq", 4, True, "awq"), ("awq", 3, False, "compressed_tensors")]
-    made += [("hqq", 4, False, "compressed_tensors"), ("hqq", 3, False, "compressed_tensors"), ("hqq", 3, False, "float_zeros")]
+    plain = "compressed_tensors"
+    made = [("gptq", 4, True, "gptq"), ("gptq", 4, False, plain), ("gptq", 3, False, plain)]
+    made += [("awq", 4, False, "awq"), ("awq", 4, True, "awq"), ("awq", 3, False, plain)]
+    made += [("hqq", 4, False, plain), ("hqq", 3, False, plain), ("hqq", 3, False, "float_zeros")]
     rows = [Row(model, bits, symmetric, "group 64", format, method=method)
             for model in ("llama", *FAMILIES, REAL) for method, bits, symmetric, format in made]
     return [row for row in rows if row.format != "float_zeros" or row.model in ("llama", REAL)]

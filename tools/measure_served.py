@@ -38,7 +38,7 @@ def all_rows():
         ("W8A8 static mse, down_proj dynamic, rotation, smooth_quant",
          row("", *best, activations=STATIC_MSE, overrides=DOWN_DYNAMIC)),
         ("W8A8 static mse, rotation, smooth_quant", row("", *best, activations=STATIC_MSE)),
-        ("W4 group 64, gptq, rotation", row("", ROTATED, bits=4, activations=None, method="gptq", group_size=64)),
+        ("W4 group 64, gptq, rotation", row("", ROTATED, bits=4, activations=None, method="gptq") | {"group_size": 64}),
         ("W8A8 dynamic, outlier_suppression_v2", row("", OS2)),
     ]
 
@@ -116,7 +116,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calibration", type=Path)
     parser.add_argument("--text", type=Path)
-    parser.add_argument("--base", type=Path, default=ROOT / "demo" / "base-float32", help="float32 model; made if absent")
+    parser.add_argument("--base", type=Path, default=ROOT / "demo" / "base-float32", help="made if absent")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "served.json")
     parser.add_argument("--rows", default="")
     parser.add_argument("--windows", type=int, default=8)
