@@ -42,13 +42,13 @@ def looks(
     places |= {label: free[number % len(free)] for number, label in enumerate(others)}
     return {label: (COLOURS[place], MARKERS[place]) for label, place in places.items()}
 
-# %% ../../nbs/evaluation/outlier_plots.ipynb #fb7eea9a
+# %% ../../nbs/evaluation/outlier_plots.ipynb #32507bc3
 def plain_log(
     axis,  # Of an `Axes`, logarithmic already
     spans: float,  # its largest value over its smallest
 ):
     "Ticks of a logarithmic axis as plain numbers: every power of ten, and 2 and 5 between them where few powers are."
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if spans < 100 else (1,)))
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if spans < 100 else LogLocator(numticks=5))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     axis.set_minor_locator(NullLocator())
 
