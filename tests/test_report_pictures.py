@@ -61,12 +61,12 @@ def test_sizes_are_those_of_the_model_before_and_after(base, tmp_path):
 
     from llmquant.calibration.data import load_calibration
     from llmquant.outlier_suppression.smooth_quant import SmoothQuantSuppressor
-    run(base, tmp_path / "out", "smooth_quant")
+    run(base, tmp_path / "out", "smooth_quant", smooth_quant={"alpha": 0.5})
     stage, = sizes_of(tmp_path / "out")
     tokens = load_calibration(None, base, 512, TEXT["num_samples"], TEXT["max_length"], 42).tokens
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     smooth = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    SmoothQuantSuppressor().configure({}).apply(smooth, tokens)
+    SmoothQuantSuppressor().configure({"alpha": 0.5}).apply(smooth, tokens)
     for side, model in ("before", plain), ("after", smooth):
         seen = {}
         gate = model.model.layers[0].mlp.gate_proj

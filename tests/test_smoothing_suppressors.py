@@ -21,7 +21,7 @@ TOKENS = torch.randint(3, 512, (4, 48), generator=torch.Generator().manual_seed(
 A8 = ActivationScheme()
 LITE = {"deepseek_v2": dict(q_lora_rank=None), "deepseek_v3": dict()}
 MAKERS = {"fixed": lambda: SmoothQuantSuppressor().configure({"alpha": .6}),
-          "norms": lambda: SmoothQuantSuppressor().configure({"folding": "norms"}),
+          "norms": lambda: SmoothQuantSuppressor().configure({"folding": "norms", "alpha": .5}),
           "auto": lambda: SmoothQuantSuppressor().configure({"auto_alpha": True}),
           "plus": lambda: OutlierSuppressionV2().configure({})}
 
@@ -231,7 +231,7 @@ def test_nothing_to_gain_is_no_error():
     "A block in which no threshold helps is edited all the same, by factors of 1."
     walk = walk_over(tiny.build("llama", torch.float32), TOKENS)
     _, view = view_of(walk)
-    view.error = lambda reference, batches=1: 0.
+    view.error = lambda reference, batches=1, names=None: 0.
     OutlierSuppressionV2().apply_to_block(view)
     assert view.edited and all(f["threshold"] is None for f in facts_of(view, "outlier_suppression_v2").values())
     walk.blocks.empty()

@@ -136,11 +136,11 @@ def test_statistics_are_those_of_the_suppressed_block(checkpoints):
     model, tokens = tiny.build("llama", torch.float32), torch.randint(3, 512, (4, 32))
     plain = tiny.build("llama", torch.float32)
     from llmquant.outlier_suppression.smooth_quant import SmoothQuantSuppressor
-    section = {"quantization": {"outlier_suppression": "smooth_quant", "activations": 8}}
+    section = {"quantization": {"outlier_suppression": "smooth_quant", "smooth_quant": {"alpha": .5}, "activations": 8}}
     Looking().quantize(model, bits=8, group_size=-1, calibration_data=tokens, target_layers=[0], layer_wise=True, config=section)
     joint = dict(seen)
     seen.clear()
-    SmoothQuantSuppressor().configure({}).apply(plain, tokens)
+    SmoothQuantSuppressor().configure({"alpha": .5}).apply(plain, tokens)
     Looking().quantize(plain, bits=8, group_size=-1, calibration_data=tokens, target_layers=[0], layer_wise=True)
     assert joint.keys() == seen.keys() and len(seen) == 7
     for place, parts in seen.items():

@@ -41,7 +41,7 @@ def suppressed(model, row, tokens):
     from llmquant.core.outlier_suppression_registry import OutlierSuppressionRegistry, is_blockwise
 
     if row == "as it is": return model
-    suppressor = OutlierSuppressionRegistry.get(row)().configure({})
+    suppressor = OutlierSuppressionRegistry.get(row)().configure({"alpha": 0.5} if row == "smooth_quant" else {})
     return suppressor.apply(model, tokens if is_blockwise(suppressor) else None)
 
 

@@ -27,7 +27,8 @@ NOISE, WINDOWS, CHANNELS, INJECTED = 1e-6, 32, 8, 60.0
 STATIC = {"granularity": "tensor", "dynamic_range": "minmax"}
 STATIC_MSE = {"granularity": "tensor", "dynamic_range": "mse"}
 FLOAT8 = {"type": "float"}
-SMOOTH, AUTO, OS2 = ("smooth_quant", {}), ("smooth_quant", {"auto_alpha": True}), ("outlier_suppression_v2", {})
+SMOOTH, AUTO = ("smooth_quant", {"alpha": 0.5}), ("smooth_quant", {"auto_alpha": True})
+OS2 = ("outlier_suppression_v2", {})
 ROTATED, BLOCKS = ("rotation", {}), ("rotation", {"block_size": 192})
 DOWN_DYNAMIC = [{"match": r".*\.down_proj", "activations": 8}]
 

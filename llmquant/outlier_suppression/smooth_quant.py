@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ALPHAS', 'smoothing_factors', 'SmoothQuantSuppressor']
 
-# %% ../../nbs/outlier_suppression/smooth_quant.ipynb #7af76c9c
+# %% ../../nbs/outlier_suppression/smooth_quant.ipynb #40103249
+from types import MappingProxyType
 import torch
 from torch import Tensor
 from ..core.options import Option
@@ -25,18 +26,31 @@ def smoothing_factors(
     s = floor(inputs)**alpha / floor(columns)**(1 - alpha)
     return torch.where(live, s / s[live].log().mean().exp(), torch.ones_like(s))
 
-# %% ../../nbs/outlier_suppression/smooth_quant.ipynb #d19a6af7
+# %% ../../nbs/outlier_suppression/smooth_quant.ipynb #6a8f40f5
 ALPHAS = tuple(k / 10 for k in range(11)) # Tried by auto_alpha
 
 class SmoothQuantSuppressor(SiteSuppressor):
     "Divide activations and multiply weights by factors between the sizes of both."
     name = "smooth_quant"
     options = (
-        Option("alpha", float, .5, "how much of the activations' size the weights take over", minimum=0, maximum=1),
-        Option("auto_alpha", bool, False, "choose alpha for each pair by the quantized block's output error"),
+        Option("alpha", float, "auto", "how much of the activations' size the weights take over; auto: each pair its own",
+               minimum=0, maximum=1, auto=True),
+        Option("auto_alpha", bool, "auto", "choose alpha for each pair by the quantized block's output error; "
+               "auto: where alpha is", auto=True),
         Option("folding", str, "all", "which producers take factors: all of them or only norms",
                choices=("all", "norms")),
     )
+
+    def configure(self,
+        values:dict,  # Options by name; missing ones take their defaults
+        where:str="", # Where they were written, for messages
+    ) -> "SmoothQuantSuppressor":
+        "Validate options and keep them in `settings`."
+        given = super().configure(values, where).settings
+        searched = given["alpha"] == "auto" if given["auto_alpha"] == "auto" else given["auto_alpha"]
+        alpha = .5 if given["alpha"] == "auto" else given["alpha"]
+        self.settings = MappingProxyType({**given, "alpha": alpha, "auto_alpha": searched})
+        return self
 
     def needed_statistics(self) -> tuple[str, ...]: # Of the Statistics page
         "What calibration must measure for it."
