@@ -22,7 +22,7 @@ A8 = ActivationScheme()
 LITE = {"deepseek_v2": dict(q_lora_rank=None), "deepseek_v3": dict()}
 MAKERS = {"fixed": lambda: SmoothQuantSuppressor().configure({"alpha": .6}),
           "norms": lambda: SmoothQuantSuppressor().configure({"folding": "norms", "alpha": .5}),
-          "auto": lambda: SmoothQuantSuppressor().configure({"auto_alpha": True}),
+          "auto": lambda: SmoothQuantSuppressor().configure({}),
           "plus": lambda: OutlierSuppressionV2().configure({})}
 
 
@@ -279,5 +279,5 @@ def test_recipes_say_what_the_code_reads(name, cls):
     assert recipe.outlier_suppression == (name,) and recipe.bits == 8 and recipe.group_size == -1
     assert recipe.activations == ActivationScheme() and recipe.options["symmetric"]
     written = yaml.safe_load(path.read_text(encoding="utf-8"))["quantization"][name]
-    assert written == dict(cls().configure({}).settings)
+    assert written == {option.name: option.default for option in cls.options}
     assert recipe.suppressor_options == {f"{name}.{option}": value for option, value in written.items()}

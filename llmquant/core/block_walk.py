@@ -193,15 +193,15 @@ def grids_of(
     return {find(r.layer.name): partial(simulate, scheme=q.scheme.activations, scale=q.input_scale, zero=q.input_zero)
             for q, r in found if q.scheme.activations}
 
-# %% ../../nbs/core/block_walk.ipynb #70003402
+# %% ../../nbs/core/block_walk.ipynb #e4058084
 @patch
 def outputs(self:BlockView,
-    batches:int=1, # At most; from the first
-    tokens:int|None=None, # Enough; None for all of the batches
+    batches:int|None=1, # At most; from the first; None for all
+    tokens:int|None=None, # No further batch once there are so many; None for all of the batches
 ) -> list[Tensor]: # [batch, tokens, hidden_size] each
     "The block's outputs with its weights as they are."
     found, seen = [], 0
-    for batch in range(min(batches, self.batches)):
+    for batch in range(self.batches if batches is None else min(batches, self.batches)):
         if tokens and seen >= tokens: break
         found.append(self.run(batch))
         seen += found[-1].shape[:-1].numel()

@@ -58,7 +58,7 @@ class Rotation:
         "Q itself."
         return self(torch.eye(self.size, dtype=torch.float64))
 
-# %% ../../nbs/core/rotation.ipynb #28938fe2
+# %% ../../nbs/core/rotation.ipynb #e4d13eda
 def _generator(seed:int, name:str) -> torch.Generator:
     "Randomness of one place."
     return torch.Generator().manual_seed(int.from_bytes(sha256(f"{seed} {name}".encode()).digest()[:7]))
@@ -73,7 +73,7 @@ def make_rotation(
     "A random rotation."
     generator, factor = _generator(seed, name), hadamard_factor(size)
     if kind == "hadamard" and factor:
-        signs, order = random_signs(size, generator), f"{factor} x {size // factor}" if factor > 1 else str(size)
+        signs, order = random_signs(size, generator), f"{factor} x {size // factor}" if 1 < factor < size else str(size)
         if keep_ones: signs[0] = 1
         flip = lambda x: x * signs.to(x)
         back = lambda x: times_hadamard(x, transposed=True)
@@ -84,13 +84,13 @@ def make_rotation(
     return Rotation(size, (lambda x: x @ matrix.to(x),),
                     f"orthogonal {size}{' that keeps the mean' if keep_ones else ''}")
 
-# %% ../../nbs/core/rotation.ipynb #e8590dfc
+# %% ../../nbs/core/rotation.ipynb #b09caba5
 def like_gains(
     gains:Sequence[Tensor], # [n] each, of the norms that read the stream
     block_size:int,         # Channels that are mixed with each other
 ) -> tuple[Tensor, ...]:    # int64: the channels of each block; the last may be smaller
     "Put channels of like gain together, by the geometric mean over norms."
-    sizes = torch.stack([gain.double().abs() for gain in gains])
+    sizes = torch.stack([gain.double().abs().cpu() for gain in gains]) # one order, whatever the device
     floor = sizes.median(1, keepdim=True).values.clamp(min=1e-30) * 1e-6
     return sizes.clamp(min=floor).log().mean(0).argsort(stable=True).split(block_size)
 
@@ -105,9 +105,11 @@ def make_blocks(
     parts = [make_rotation(len(block), kind, seed, f"{name} {i}", keep_ones) for i, block in enumerate(blocks)]
     def through(x):
         out = torch.empty_like(x)
-        for block, part in zip(blocks, parts): out[..., block.to(x.device)] = part(x[..., block.to(x.device)])
+        for block, part in zip(blocks, parts):
+            place = block.to(x.device)
+            out[..., place] = part(x[..., place])
         return out
-    text = f"{len(blocks)} blocks of like gain: {parts[0].text}"
+    text = f"{len(blocks)} blocks of like gain: {', '.join(dict.fromkeys(part.text for part in parts))}"
     return Rotation(sum(len(block) for block in blocks), (through,), text)
 
 # %% ../../nbs/core/rotation.ipynb #8ae3b1f7

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['is_turned', 'sites_for', 'RotationSuppressor', 'stream_rotation']
 
-# %% ../../nbs/outlier_suppression/rotation.ipynb #fc294eb2
+# %% ../../nbs/outlier_suppression/rotation.ipynb #1a4a9b6a
 from types import MappingProxyType
 import torch
 from fastcore.basics import patch
@@ -15,6 +15,7 @@ from ..core.in_memory import ModelSource
 from ..core.model_registry import ModelRegistry
 from ..core.options import Option
 from ..core.outlier_suppression_registry import BaseOutlierSuppressor
+from ..core.qtensor import digest
 from ..core.rotation import (
     KINDS, Rotation, RotationSites, both, like_gains, make_blocks, make_rotation, norm_gain, residual_edits, value_edits)
 from ..core.suppress import compare_presented
@@ -74,19 +75,21 @@ class RotationSuppressor(BaseOutlierSuppressor):
         "Model families whose adapters know what touches the stream; of those in brackets, values only."
         return ["llama", "qwen", "deepseek", "gpt_neox", "opt", "gemma", "(olmo2)", "(gemma2)", "(gemma3)", "(glm4)"]
 
-# %% ../../nbs/outlier_suppression/rotation.ipynb #5fe0956e
-def _notes(sites:RotationSites, rotation:Rotation|None, values:bool, settings) -> dict:
+# %% ../../nbs/outlier_suppression/rotation.ipynb #206b4bd4
+def _notes(sites:RotationSites, rotation:Rotation|None, blocks:tuple, values:bool, settings) -> dict:
     "What was done, in words."
     stream = rotation.text if rotation else sites.refusal or "not asked for"
     sizes = sorted({site.head_dim for site in sites.values})
-    heads = f"{settings['kind']} {sizes[0]} for each head of {len(sites.values)} attentions" if values else \
+    kinds = ", ".join(make_rotation(size, settings["kind"]).text for size in sizes)
+    heads = f"{kinds} for each head of {len(sites.values)} attentions" if values else \
         "not asked for" if sites.values else "values have no Linear of their own"
     notes = {"kind": settings["kind"], "seed": settings["seed"], "residual": stream, "values": heads}
+    if blocks: notes["channels"] = digest(torch.cat(blocks))[:16] # which of them are mixed, for a run that goes on later
     if rotation and sites.tied: notes["head"] = "untied: it took the last norm's gain"
     if rotation and sites.left_out: notes["left_as_it_was"] = sites.left_out
     return notes
 
-# %% ../../nbs/outlier_suppression/rotation.ipynb #e45fb740
+# %% ../../nbs/outlier_suppression/rotation.ipynb #e6deaba1
 def stream_rotation(
     source,              # A checkpoint
     sites:RotationSites, # Of its architecture
@@ -94,15 +97,21 @@ def stream_rotation(
     settings,            # Of `RotationSuppressor`
 ) -> tuple[Rotation, tuple]: # R1, and the channels that it mixes with each other; () for all
     "The rotation of the residual stream."
-    hidden = shapes[sites.embeddings[0]][1]
+    hidden, size = shapes[sites.embeddings[0]][1], settings["block_size"]
     given = settings["kind"], settings["seed"], "residual", sites.layer_norm
+    if not size: return make_rotation(hidden, *given), ()
+    if not 1 < size < hidden:
+        raise UsageError(f"quantization.rotation.block_size: {size} of {hidden} channels; must be 0 (all with all) or "
+                         f"from 2 to {hidden - 1}")
     gains = [norm_gain(source.tensor, shapes, norm, sites) for norm, _ in sites.norms]
     gains = [gain for gain in gains if gain is not None]
-    if not gains or not 0 < settings["block_size"] < hidden: return make_rotation(hidden, *given), ()
-    blocks = like_gains(gains, settings["block_size"])
+    if not gains:
+        raise UsageError("quantization.rotation.block_size: the norms of this model have no gains to put channels in "
+                         "order by; leave it out")
+    blocks = like_gains(gains, size)
     return make_blocks(blocks, *given), blocks
 
-# %% ../../nbs/outlier_suppression/rotation.ipynb #1935918e
+# %% ../../nbs/outlier_suppression/rotation.ipynb #850417c2
 @patch
 def present(self:RotationSuppressor,
     source,        # A checkpoint: `config`, `tensors`, `tensor(name)`
@@ -117,12 +126,12 @@ def present(self:RotationSuppressor,
         raise UsageError(f"rotation: nothing to turn in model type {source.config.get('model_type')!r} with residual: "
                          f"{s['residual']} and values: {s['values']}; set one of them to true, or leave rotation out")
     edits, tied = {}, stream and sites.tied
-    self.rotation = None
+    self.rotation, blocks = None, ()
     if stream:
         self.rotation, blocks = stream_rotation(source, sites, shapes, s)
         edits = residual_edits(sites, shapes, self.rotation, blocks)
     if values: edits = both(edits, value_edits(sites, shapes, s["kind"], s["seed"]))
-    self.notes = MappingProxyType(_notes(sites, self.rotation, values, s))
+    self.notes = MappingProxyType(_notes(sites, self.rotation, blocks, values, s))
     head = f"{sites.head}.weight"
     return present_edits(source, edits, {head: sites.embeddings[0]} if tied else {},
                          {"tie_word_embeddings": False} if tied else {})

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['ALPHAS', 'smoothing_factors', 'SmoothQuantSuppressor']
 
-# %% ../../nbs/outlier_suppression/smooth_quant.ipynb #40103249
+# %% ../../nbs/outlier_suppression/smooth_quant.ipynb #4942175a
 from types import MappingProxyType
 import torch
 from torch import Tensor
+from ..core.errors import UsageError
 from ..core.options import Option
-from ..core.smoothing import SmoothingPair
 from .smoothing_site import SiteSuppressor, SmoothingSite
 
 # %% ../../nbs/outlier_suppression/smooth_quant.ipynb #01f80804
@@ -26,14 +26,15 @@ def smoothing_factors(
     s = floor(inputs)**alpha / floor(columns)**(1 - alpha)
     return torch.where(live, s / s[live].log().mean().exp(), torch.ones_like(s))
 
-# %% ../../nbs/outlier_suppression/smooth_quant.ipynb #6a8f40f5
+# %% ../../nbs/outlier_suppression/smooth_quant.ipynb #17de64e6
 ALPHAS = tuple(k / 10 for k in range(11)) # Tried by auto_alpha
 
 class SmoothQuantSuppressor(SiteSuppressor):
     "Divide activations and multiply weights by factors between the sizes of both."
     name = "smooth_quant"
     options = (
-        Option("alpha", float, "auto", "how much of the activations' size the weights take over; auto: each pair its own",
+        Option("alpha", float, "auto", "how much of the activations' size the weights take over; auto: each pair its own, "
+               "or 0.5 where auto_alpha is false",
                minimum=0, maximum=1, auto=True),
         Option("auto_alpha", bool, "auto", "choose alpha for each pair by the quantized block's output error; "
                "auto: where alpha is", auto=True),
@@ -47,9 +48,12 @@ class SmoothQuantSuppressor(SiteSuppressor):
     ) -> "SmoothQuantSuppressor":
         "Validate options and keep them in `settings`."
         given = super().configure(values, where).settings
-        searched = given["alpha"] == "auto" if given["auto_alpha"] == "auto" else given["auto_alpha"]
-        alpha = .5 if given["alpha"] == "auto" else given["alpha"]
-        self.settings = MappingProxyType({**given, "alpha": alpha, "auto_alpha": searched})
+        alpha, searched = given["alpha"], given["auto_alpha"]
+        if searched is True and alpha != "auto":
+            raise UsageError(f"{where or 'quantization.smooth_quant'}: alpha {alpha} and auto_alpha true contradict each "
+                             "other; keep one of them")
+        if searched is False and alpha == "auto": alpha = .5
+        self.settings = MappingProxyType({**given, "alpha": alpha, "auto_alpha": alpha == "auto"})
         return self
 
     def needed_statistics(self) -> tuple[str, ...]: # Of the Statistics page
@@ -63,7 +67,7 @@ class SmoothQuantSuppressor(SiteSuppressor):
         inputs, columns = site.gather(site.stats.maxima), site.column_maxima()
         site.check_alive(inputs, self.name)
         alpha, facts = self.current()["alpha"], {}
-        if self.current()["auto_alpha"]:
+        if alpha == "auto":
             tries = ((a, smoothing_factors(inputs, columns, a)) for a in ALPHAS)
             alpha, factors, errors = site.best_scale(tries, site.reference())
             facts = {"error_ratio": min([1., *errors.values()])}

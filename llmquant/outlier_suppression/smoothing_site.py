@@ -157,7 +157,7 @@ def note(self:SmoothingSite,
     "Keep facts about a pair for the report."
     self.view.notes.setdefault(suppressor, {}).setdefault("pairs", {})[self.pair.producer] = facts
 
-# %% ../../nbs/outlier_suppression/smoothing_site.ipynb #eea86683
+# %% ../../nbs/outlier_suppression/smoothing_site.ipynb #fd4804a5
 @patch
 @contextmanager
 def kept(self:SmoothingSite):
@@ -171,12 +171,12 @@ def kept(self:SmoothingSite):
         self.view.stats.update(stats)
         self.view.edited.intersection_update(edited)
 
-TOKENS = 2048 # Of the calibration text, on which a search judges
+TOKENS = 2048 # Of the calibration text, on which a search judges: whole batches, until there are so many
 
 @patch
 def reference(self:SmoothingSite) -> list[Tensor]: # [batch, tokens, hidden_size] each
     "The block's outputs in float, on as much text as a search needs."
-    return self.view.outputs(TOKENS, TOKENS)
+    return self.view.outputs(None, TOKENS)
 
 @patch
 def best_scale(self:SmoothingSite,
