@@ -13,8 +13,9 @@ from llmquant.core.activation_scheme import ActivationScheme
 from llmquant.core.errors import UsageError
 from llmquant.core.outlier_suppression_registry import OutlierSuppressionRegistry
 from llmquant.core.smoothing import SmoothingPair
-from llmquant.outlier_suppression.outlier_suppression_v2 import OutlierSuppressionV2
-from llmquant.outlier_suppression.smooth_quant import SmoothQuantSuppressor
+from llmquant.outlier_suppression.outlier_suppression_v2 import STRENGTHS, OutlierSuppressionV2, drawn
+from llmquant.outlier_suppression.smooth_quant import SmoothQuantSuppressor, smoothing_factors
+from llmquant.outlier_suppression.smoothing_site import sites_of
 from llmquant.utils.config import resolve
 
 TOKENS = torch.randint(3, 512, (4, 48), generator=torch.Generator().manual_seed(0))
@@ -225,6 +226,57 @@ def test_the_walk_holds_them_to_it(maker):
 def _refused(walk, block, view, leaders, groups, half):
     with pytest.raises(UsageError, match="changed its function"):
         walk.suppress(0, block, view.plans, leaders, groups, half)
+
+
+def judged_by(site, target, asked):
+    "An error that is least at `target`, and keeps which Linears it was asked about."
+    original = site.producer.weight.clone()
+    def error(reference, batches=1, names=None):
+        asked.append(set(names))
+        return 1e-3 + float(((original / site.producer.weight).log() - target.log()).square().mean())
+    return error
+
+
+COARSE_ROW = [(above, strength) for above in (.5, 2.) for strength in STRENGTHS]
+BETWEEN = [(1., 1.), (1., .75), (2**.5, 1.), (2**.5, .75)] # reached by making the row finer
+
+
+@pytest.mark.parametrize("above, strength", COARSE_ROW + BETWEEN)
+def test_the_search_finds_threshold_and_strength(above, strength):
+    walk = walk_over(inject_outliers(tiny.build("llama", torch.float32), [5, 33], 200.), TOKENS)
+    _, view = view_of(walk)
+    site = next(site for site in sites_of(view, "it") if "post_attention" in site.pair.producer)
+    sizes, asked = site.gather(site.stats.maxima), []
+    t = above * float(sizes.median())
+    view.error = judged_by(site, drawn(sizes, t, strength), asked)
+    found, factors, errors = site.find_scale(sizes, site.reference())
+    assert found[1] == strength and found[0] == pytest.approx(t, rel=1e-3) and errors[found] == min(errors.values())
+    assert all(names == set(site.pair.consumers) for names in asked) and len(asked) < 30
+    assert torch.equal(factors, drawn(sizes, *found)) and not view.edited
+    walk.blocks.empty()
+
+
+@pytest.mark.parametrize("alpha", (0., .3, .8, 1.))
+def test_the_search_finds_alpha(alpha):
+    walk = walk_over(inject_outliers(tiny.build("llama", torch.float32), [5, 33], 24.), TOKENS)
+    _, view = view_of(walk)
+    site, asked = next(site for site in sites_of(view, "it") if "input_layernorm" in site.pair.producer), []
+    view.error = judged_by(site, smoothing_factors(site.gather(site.stats.maxima), site.column_maxima(), alpha), asked)
+    SmoothQuantSuppressor().configure({}).edit_site(site)
+    assert facts_of(view, "smooth_quant")[site.pair.producer]["alpha"] == alpha
+    assert all(names == set(site.pair.consumers) for names in asked) and len(asked) == 12
+    walk.blocks.empty()
+
+
+@pytest.mark.parametrize("batch_size, batches", ((1, 2), (2, 1), (4, 1)))
+def test_a_search_reads_whole_batches_until_there_are_enough(monkeypatch, batch_size, batches):
+    from llmquant.outlier_suppression import smoothing_site
+    monkeypatch.setattr(smoothing_site, "TOKENS", 90)
+    walk = walk_over(tiny.build("llama", torch.float32), TOKENS, batch_size=batch_size)
+    _, view = view_of(walk)
+    site, *_ = sites_of(view, "it")
+    assert len(site.reference()) == batches and len(view.outputs(None)) == 4 // batch_size
+    walk.blocks.empty()
 
 
 def test_nothing_to_gain_is_no_error():
