@@ -103,9 +103,9 @@ def measure(words, one, given, bench, results):
         middle = time.perf_counter()
         theirs = served(out, dtype, bench)
         took = {"export": seconds, "simulated": middle - clock, "served": time.perf_counter() - middle}
-    about = one or {"bits": 32, "suppressors": ()}
+    about = one or {"bits": 32, "suppressors": {}}
     facts = {key: about[key] for key in ("bits", "group_size", "activations", "method", "overrides") if key in about}
-    facts["suppressors"] = [suppressor for suppressor, _ in about["suppressors"]]
+    facts["suppressors"] = dict(about["suppressors"])
     results.add(name=name, words=words, platform=platform, dtype=dtype, device=device_name(given), **facts,
                 simulated=round(ours, 4), served=round(theirs, 4), ratio=round(theirs / ours, 5),
                 passed=abs(theirs / ours - 1) <= APART, seconds={key: round(value, 1) for key, value in took.items()})
