@@ -124,7 +124,7 @@ def check_pairs(
                      f"model type {source.config.get('model_type')!r}; {instead}, or give an adapter whose "
                      "smoothing_pairs names them")
 
-# %% ../nbs/calibrated.ipynb #1a37a190
+# %% ../nbs/calibrated.ipynb #7be61236
 WITHOUT_EFFECT = ("output_path", "model_path", "overwrite", "verify", "resume", "verbose", "max_memory", "device_map")
 
 def identity(
@@ -132,9 +132,12 @@ def identity(
     source:CheckpointSource,  # With what
     data:CalibrationData,     # On which text
     device:str,               # Where
+    suppressors:tuple=(),     # Configured
 ) -> dict[str, Any]:          # Plain values
     "What a run must share with an interrupted one to go on with it."
     values = {key: entry["value"] for key, entry in recipe_to_dict(recipe).items() if key not in WITHOUT_EFFECT}
+    notes = {s.name: dict(getattr(s, "notes", {})) for s in suppressors if s.scope == "model"}
+    if notes: values["presented"] = notes # a change of basis may depend on blocks that are still to come
     return values | {"model": fingerprint(bare(source)), "calibration": data.fingerprint,
                      "device": torch.device(device).type, "llmquant": __version__,
                      "torch": str(torch.__version__)}

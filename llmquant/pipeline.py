@@ -193,7 +193,7 @@ def run(
         return write_export(plan, adapter, carry, promises_step, source.config,
                             Path(recipe.output_path), side_files=source.side_files, **shared, **more)
 
-# %% ../nbs/pipeline.ipynb #f367205d
+# %% ../nbs/pipeline.ipynb #e8ac14e4
 def _calibrated(recipe:Recipe, plan:Plan, adapter, quantizer:BaseQuantizer, source:CheckpointSource, device:str,
                 facts:dict, suppressors:tuple) -> tuple:
     "How a calibrated run brings its tensors, and its name for the journal; the text is read here."
@@ -201,7 +201,7 @@ def _calibrated(recipe:Recipe, plan:Plan, adapter, quantizer:BaseQuantizer, sour
     need = need_of(recipe, plan, adapter, quantizer, source, suppressors)
     blockwise = tuple(filter(is_blockwise, suppressors))
     carry = partial(calibrated_carry, recipe, plan, adapter, quantizer, source, data, need, device, facts, blockwise)
-    return carry, {"journal": identity(recipe, source, data, device)}
+    return carry, {"journal": identity(recipe, source, data, device, suppressors)}
 
 # %% ../nbs/pipeline.ipynb #07d2c45f
 def require_vllm():

@@ -6,12 +6,13 @@
 __all__ = ['aligned', 'human_bytes', 'flat', 'kinds', 'plan_text', 'memory_text', 'proof_text', 'report_text', 'option_row',
            'list_text', 'info_text']
 
-# %% ../nbs/summary.ipynb #8d2a86d6
+# %% ../nbs/summary.ipynb #21d9a456
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 from .core.options import Option
+from .core.outlier_sizes import digits, reached
 
 # %% ../nbs/summary.ipynb #f465b98b
 def aligned(
@@ -121,7 +122,7 @@ def proof_text(
     machines = ("digests", "edited", "promises_step")
     return aligned(flat({name: value for name, value in proof.items() if name not in machines}))
 
-# %% ../nbs/summary.ipynb #91e3b003
+# %% ../nbs/summary.ipynb #cb7492ca
 def _peak_text(report:Mapping[str, Any]) -> str:
     "The measured peak, beside the predicted one where there was one."
     predicted = report.get("memory", {}).get("predicted_peak_mib")
@@ -135,14 +136,17 @@ def _calibration_text(facts:Mapping[str, Any]) -> str:
 def _suppression_rows(
     stages:Iterable[Mapping], # The report's `outlier_suppression.sizes`
 ) -> list[tuple[str, str]]:
-    "What each stage of suppression did to the input that stood out most."
+    "What each stage did to the input that stood out most of those it reached, and what it left."
     rows = []
     for stage in stages:
         worst = stage["worst"]
         sizes = stage["largest_over_median"][worst["block"]][worst["layer"]]
-        change = f"{sizes['before']:.4g} -> {sizes['after']:.4g}"
+        before, after = (f"{digits(sizes[side]):g}" for side in ("before", "after"))
+        change = f"{before} -> {after}" if reached({"": sizes}) else f"stays at {after}"
         where = f"input of {worst['layer']} in block {worst['block']}"
         rows.append((stage["by"], f"largest channel over median {change}, {where}"))
+        if left := stage.get("stays"):
+            rows.append(("", f"that of {left['layer']} in block {left['block']} stays at {digits(left['size']):g}"))
     return rows
 
 # %% ../nbs/summary.ipynb #ecbeab30

@@ -148,3 +148,24 @@ def test_the_tool_that_measures_activations(monkeypatch):
     magnitudes = torch.tensor([0.0, 1e-9, 1 / 32, 0.5, 1.0, 3.7, 2600.0])
     back = 2 ** ((codes(magnitudes.numpy()).astype(float) - 128) / 3)
     assert back == pytest.approx([1 / 32, 1 / 32, 1 / 32, 0.5, 1, 3.7, 2600], rel=2 ** (1 / 6) - 1)
+
+
+def test_what_a_stage_cannot_reach_is_told_and_hides_nothing(base, tmp_path):
+    "A rotation does nothing to the input of down_proj, however far that stands out."
+    from safetensors.torch import load_file, save_file
+    file = base / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.up_proj.weight"][7] *= 400
+    (tmp_path / "base").mkdir()
+    for other in base.iterdir(): (tmp_path / "base" / other.name).write_bytes(other.read_bytes())
+    save_file(tensors, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    report = run(tmp_path / "base", tmp_path / "out", "rotation")
+    stage, = report["outlier_suppression"]["sizes"]
+    worst, stays = stage["worst"], stage["stays"]
+    sizes = stage["largest_over_median"][worst["block"]][worst["layer"]]
+    assert worst["layer"] != "mlp.down_proj" and sizes["after"] < 5 < sizes["before"]
+    assert (stays["block"], stays["layer"]) == (1, "mlp.down_proj") and stays["size"] > 100
+    assert stays["size"] == stage["largest_over_median"][1]["mlp.down_proj"]["after"]
+    shown = report_text(report, "out")
+    assert f"that of mlp.down_proj in block 1 stays at {stays['size']:g}" in shown
+    assert (tmp_path / "out" / PICTURE).read_bytes()[:4] == b"\x89PNG"

@@ -203,3 +203,41 @@ def test_an_export_cannot_be_smoothed_again(checkpoints, tmp_path):
     quantize(checkpoints("llama"), tmp_path / "out", "minmax", config=config_of("smooth_quant", {"activations": 8}))
     with pytest.raises(UsageError, match="already quantized"):
         quantize(tmp_path / "out", tmp_path / "again", "minmax", config=config_of("smooth_quant", {"activations": 8}))
+
+
+@pytest.mark.parametrize("suppressors", [None, "rotation"])
+@pytest.mark.parametrize("name, bad", [("model.layers.1.mlp.up_proj.weight", "nan"), ("model.embed_tokens.weight", "nan")])
+def test_a_weight_that_is_not_finite_is_named(checkpoints, tmp_path, suppressors, name, bad):
+    "With and without a comparison before the walk; it is not blamed on the adapter."
+    from safetensors.torch import load_file, save_file
+    tiny.make("llama", tmp_path / "base", torch.float16)
+    tiny_tokenizer.save(tmp_path / "base")
+    file, = (tmp_path / "base").glob("*.safetensors")
+    tensors = load_file(file)
+    tensors[name][:, 5] = float(bad)
+    save_file(tensors, file, {"format": "pt"})
+    rest = {"bits": 4, "group_size": 32}
+    with pytest.raises(UsageError, match=f"tensor {name}: .* values are NaN or infinite; repair the checkpoint"):
+        quantize(tmp_path / "base", tmp_path / "out", "minmax", config=config_of(suppressors, rest))
+
+
+def test_a_refused_apply_declares_no_biases(monkeypatch):
+    "Tokens that the model has no row for, or a block that fails: configuration and parameters are as they were."
+    from llmquant.outlier_suppression.outlier_suppression_v2 import OutlierSuppressionV2
+    model, tokens = tiny.build("llama", torch.float32), torch.randint(3, 512, (2, 24))
+    before, config = {n: p.clone() for n, p in model.named_parameters()}, model.config.to_dict()
+    with pytest.raises(UsageError): OutlierSuppressionV2().apply(model, torch.full((2, 24), 99999))
+
+    def late(self, view):
+        if view.index == 1: raise UsageError("no more")
+        return plain(self, view)
+
+    plain = OutlierSuppressionV2.apply_to_block
+    monkeypatch.setattr(OutlierSuppressionV2, "apply_to_block", late)
+    with pytest.raises(UsageError, match="no more"): OutlierSuppressionV2().apply(model, tokens)
+    monkeypatch.undo()
+    after = dict(model.named_parameters())
+    assert list(after) == list(before) and all(torch.equal(after[n], before[n]) for n in before)
+    assert model.config.to_dict() == config and not hasattr(model, "edited_tensors")
+    OutlierSuppressionV2().apply(model, tokens)
+    assert model.config.attention_bias and model.model.layers[0].self_attn.q_proj.bias is not None

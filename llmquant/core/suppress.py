@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['logger', 'check_supported', 'presented', 'bare', 'basis_of', 'apart', 'channel_maxima', 'compare_sources',
-           'compare_presented', 'suppress_model']
+           'compare_presented', 'suppress_model', 'remember']
 
-# %% ../../nbs/core/suppress.ipynb #31cee586
+# %% ../../nbs/core/suppress.ipynb #66f02e1b
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from math import isfinite
 from typing import Any
 import torch
 from torch import Tensor, nn
@@ -21,9 +22,11 @@ from .errors import UsageError
 from .in_memory import calibration_for, mark_edited, plan_model
 from .input_groups import watching
 from .model_registry import ModelRegistry
+from .names import natural_key
 from .outlier_sizes import block_sizes, model_sizes
 from .outlier_suppression_registry import check_order
 from .quantizer_registry import BaseQuantizer
+from .walk import check_finite
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +95,7 @@ def channel_maxima(
     with watching({n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}, see): out = run()
     return out, found
 
-# %% ../../nbs/core/suppress.ipynb #2ab13f5a
+# %% ../../nbs/core/suppress.ipynb #7519717b
 @torch.no_grad()
 def compare_sources(
     before:BlockSource, after:BlockSource, # The decoder as it was, and as it is presented
@@ -100,6 +103,7 @@ def compare_sources(
     change,                                # The basis, see `basis_of`
     name:str,                              # Of the suppressors, for the message
     sizes:dict|None=None,                  # Filled with what `block_sizes` says of each block
+    source=None,                           # The checkpoint as it was, to name a tensor that is not finite
 ) -> dict[str, float]:                     # Relative differences: the worst block's, and that of the logits
     "`UsageError` when two decoders are not the same function."
     entries = [decoder.inputs(tokens, len(tokens)) for decoder in (before, after)]
@@ -110,17 +114,19 @@ def compare_sources(
             try: streams[side], maxima[side] = channel_maxima(decoder.load(index), run)
             finally: decoder.empty()
         if sizes is not None: sizes[index] = block_sizes(*maxima)
-        worst = max(worst, _hold(apart(streams[1], change(streams[0])), f"block {index}", name))
+        worst = max(worst, _hold(apart(streams[1], change(streams[0])), f"block {index}", name, source))
     logits = [decoder.logits(tokens, stream) for decoder, stream in zip((before, after), streams)]
-    return {"blocks": worst, "logits": _hold(apart(logits[1], logits[0]), "the logits", name)}
+    return {"blocks": worst, "logits": _hold(apart(logits[1], logits[0]), "the logits", name, source)}
 
-def _hold(moved:float, where:str, name:str) -> float:
-    "`UsageError` when something moved by more than rounding explains."
+def _hold(moved:float, where:str, name:str, source) -> float:
+    "`UsageError` when something moved by more than rounding explains, or is NaN because a weight is."
     if moved <= SAME_FUNCTION: return moved
+    if source is not None and not isfinite(moved):
+        for tensor in sorted(source.tensors, key=natural_key): check_finite(tensor, source.tensor(tensor))
     raise UsageError(f"{name} changed the model's function before anything was quantized: {where} by {moved:.1e}, and "
                      f"at most {SAME_FUNCTION:.0e} is rounding; the adapter's sites do not fit this model")
 
-# %% ../../nbs/core/suppress.ipynb #db68589d
+# %% ../../nbs/core/suppress.ipynb #a5fcf3f4
 def compare_presented(
     original,    # A checkpoint, or a model's tensors
     source,      # As it is presented; the same object when nothing is edited outside of blocks
@@ -137,12 +143,12 @@ def compare_presented(
         tokens = torch.randint(text["vocab_size"], (1, 32), generator=torch.Generator().manual_seed(0))
         decoders = [for_checkpoint(view, ModelRegistry.for_config(view.config), device) for view in (original, source)]
         names = ", ".join(s.name for s in turned)
-        found["change"] = compare_sources(*decoders, tokens, basis_of(turned), names, blocks := {})
+        found["change"] = compare_sources(*decoders, tokens, basis_of(turned), names, blocks := {}, original)
         if sizes := model_sizes(blocks, names, f"{tokens.numel()} random tokens"): found["sizes"] = [sizes]
         logger.info("%s: logits changed by %.1e", names, found["change"]["logits"])
     return {"outlier_suppression": found, "config_changes": changes}
 
-# %% ../../nbs/core/suppress.ipynb #c0ddcf50
+# %% ../../nbs/core/suppress.ipynb #a1667f58
 class _Planner(BaseQuantizer):
     "Plans a grid and never uses it."
     activations = ActivationScheme()
@@ -156,23 +162,46 @@ def suppress_model(
 ):                             # The same model
     "Edit a model in memory, block by block; a run that fails leaves it as it was."
     if not suppressor.settings: suppressor.configure({})
-    if ensure := getattr(suppressor, "_ensure_vllm_compatibility", None): ensure(model)
     planner = _Planner()
     planner.name = suppressor.name
-    plan, adapter, source = plan_model(planner.configure({"symmetric": True}), model, 8, -1)
+    planner.configure({"symmetric": True})
+    _, adapter, source = plan_model(planner, model, 8, -1)
     check_supported(suppressor, adapter, source.config)
     found = calibration_for(model, calibration_data, {}, suppressor.name)
-    storage = Storage(torch.float32, str(model.device))
-    walk = begin(plan, planner, for_model(model, adapter, torch.float32), found.tokens, 1, storage,
-                 suppressors=(suppressor,))
-    changed = []
-    try:
-        for index in range(len(walk.blocks)): _suppress_block(walk, index, changed)
+    undo, changed = remember(model), []
+    try: _suppress_blocks(suppressor, planner, model, found.tokens, set(source.values), changed)
     except BaseException:
-        walk.blocks.empty()
         for parameter, old in reversed(changed): parameter.copy_(old)
+        undo()
         raise
     return model
+
+# %% ../../nbs/core/suppress.ipynb #e1705e9e
+def remember(
+    model:nn.Module,       # A transformers model
+) -> Callable[[], None]:   # Puts it all back
+    "Note which parameters each module has, and the configuration."
+    parameters = [(module, dict(module._parameters)) for module in model.modules()]
+    config, edited = dict(vars(model.config)), getattr(model, "edited_tensors", None)
+    def undo():
+        for module, old in parameters: module._parameters = old
+        vars(model.config).clear()
+        vars(model.config).update(config)
+        if edited is not None: model.edited_tensors = edited
+        elif hasattr(model, "edited_tensors"): del model.edited_tensors
+    return undo
+
+# %% ../../nbs/core/suppress.ipynb #56fc2cfe
+def _suppress_blocks(suppressor, planner, model, tokens:Tensor, before:set[str], changed:list):
+    "All blocks of a model; `before`: the names of its tensors, `changed`: filled with old values."
+    if ensure := getattr(suppressor, "_ensure_vllm_compatibility", None): ensure(model)
+    plan, adapter, source = plan_model(planner, model, 8, -1) # biases may be declared by now
+    mark_edited(model, set(source.values) - before)
+    storage = Storage(torch.float32, str(model.device))
+    walk = begin(plan, planner, for_model(model, adapter, torch.float32), tokens, 1, storage, suppressors=(suppressor,))
+    try:
+        for index in range(len(walk.blocks)): _suppress_block(walk, index, changed)
+    finally: walk.blocks.empty()
 
 # %% ../../nbs/core/suppress.ipynb #543ad334
 def _suppress_block(walk, index:int, changed:list):

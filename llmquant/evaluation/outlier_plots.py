@@ -6,8 +6,9 @@
 __all__ = ['COLOURS', 'MARKERS', 'KNOWN', 'DOTS', 'short', 'looks', 'plain_log', 'finished', 'at_most', 'over_median',
            'magnitude_maps', 'over_blocks', 'ratio_bars', 'sweep', 'suppression_picture']
 
-# %% ../../nbs/evaluation/outlier_plots.ipynb #7d656fd9
+# %% ../../nbs/evaluation/outlier_plots.ipynb #8c240041
 from collections.abc import Mapping, Sequence
+from math import isnan, nan
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -18,6 +19,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from torch import Tensor
 
 from ..core.errors import UsageError
+from ..core.outlier_sizes import reached
 
 # %% ../../nbs/evaluation/outlier_plots.ipynb #604f3c1a
 COLOURS = ("#666666", "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#CC79A7", "#E69F00", "#000000")
@@ -205,7 +207,7 @@ def sweep(
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return finished(figure, path)
 
-# %% ../../nbs/evaluation/outlier_plots.ipynb #c2569ad9
+# %% ../../nbs/evaluation/outlier_plots.ipynb #833b281d
 def _draw_channels(axes, worst: Mapping):
     "The largest magnitude of each channel of one input, before and after."
     count = len(worst["before"])
@@ -221,13 +223,16 @@ def _draw_channels(axes, worst: Mapping):
     axes.set_title(f"block {worst['block']}, input of {worst['layer']}", fontsize=9)
 
 def _draw_blocks(axes, blocks: Mapping[int, Mapping]):
-    "The ratio of the worst input of each block, before and after."
+    "The ratio of the worst reached input of each block, before and after, and of the worst of the others."
     index, sides = sorted(blocks), ("before", "after")
-    worst = {side: [max(sizes[side] for sizes in blocks[i].values()) for i in index] for side in sides}
+    changed = {i: reached(blocks[i]) for i in index}
+    worst = {side: [max((blocks[i][n][side] for n in changed[i]), default=nan) for i in index] for side in sides}
+    left = [max((s["after"] for n, s in blocks[i].items() if n not in changed[i]), default=nan) for i in index]
     for side, colour, marker in zip(sides, (COLOURS[6], COLOURS[1]), "os"):
         axes.plot(index, worst[side], color=colour, marker=marker, markersize=4, linewidth=1, label=side)
+    if not all(map(isnan, left)): axes.plot(index, left, color="0.6", linestyle=":", label="not reached")
     axes.set(yscale="log", xlabel="block", ylabel="largest channel / median")
-    every = worst["before"] + worst["after"]
+    every = [value for value in (*worst["before"], *worst["after"], *left) if not isnan(value)]
     plain_log(axes.yaxis, max(every) / max(min(every), 1))
     axes.set_title("the input of each block that stands out most", fontsize=9)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
