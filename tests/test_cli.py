@@ -162,6 +162,40 @@ def test_precedence(tmp_path):
     assert origins == ["command line", f"file {tmp_path}/recipe.yaml", "default", f"file {tmp_path}/recipe.yaml"]
 
 
+STATIC = "{bits: 8, dynamic: false, granularity: tensor, dynamic_range: mse}"
+ACTIVATIONS = [  # what the file says, what the command line says, the grid, the origin without the file's path
+    (STATIC, {"quantization.activations.dynamic_range": "minmax"}, "A8 tensor static", "command line over file"),
+    (STATIC, {"activations": 4}, "A4 tensor static", "command line over file"),
+    (STATIC, {"activations": 16}, "None", "command line"),
+    (STATIC, {"quantization.activations": None}, "None", "command line"),
+    ("{bits: 8, type: float}", {"quantization.activations.symmetric": True}, "A8 float token",
+     "command line over file"),
+    ("8", {"quantization.activations.dynamic": False}, "A8 tensor static", "command line over file"),
+    ("{bits: 8, sym: true}", {"quantization.activations.zero_point": True}, "A8 token asym", "command line over file"),
+    ("null", {"quantization.activations.bits": 8, "quantization.activations.dynamic": False}, "A8 tensor static",
+     "command line"),
+    ("null", {"activations": 8, "quantization.activations.dynamic": False}, "A8 tensor static", "command line"),
+    (STATIC, {}, "A8 tensor static", "file"),
+]
+
+
+@pytest.mark.parametrize("file, given, grid, origin", ACTIVATIONS)
+def test_activations_merge_key_by_key(file, given, grid, origin, tmp_path):
+    "The command line's keys of the section over the file's over the defaults."
+    found = recipe(f"quantization: {{activations: {file}}}", tmp_path, given)
+    assert str(found.activations) == grid
+    assert found.origins["activations"].replace(f" {tmp_path}/recipe.yaml", "") == origin
+    if file == STATIC and found.activations:
+        assert found.activations.range_rule == given.get("quantization.activations.dynamic_range", "mse")
+
+
+def test_activations_contradict_across_origins(tmp_path):
+    "What does not fit together is refused, and both places are named."
+    given = {"quantization.activations.dynamic": True, "quantization.activations.granularity": "token"}
+    with pytest.raises(UsageError, match="^--set quantization.activations and .*:1: quantization.activations: .* mse is"):
+        recipe(f"quantization: {{activations: {STATIC}}}", tmp_path, given)
+
+
 def test_supported_bits_is_a_value_error():
     "The guide's promise: a width that is not supported raises ValueError, which names the list."
     with pytest.raises(ValueError, match="2, 3, 4, 8, 16"):
@@ -200,6 +234,10 @@ BAD = {
     "MODEL --max-shard-size 1KB": "below 1MB",
     "MODEL --bits 4 --set bits=8": "--bits and --set bits contradict",
     "MODEL --bits 4 --set quantization.bits=8": "contradict",
+    "MODEL --activation-bits 8 --set quantization.activations.bits=4":
+        "--activation-bits and --set quantization.activations.bits contradict",
+    "MODEL --set quantization.activations.sym=true --set quantization.activations.zero_point=true": "contradict",
+    "MODEL --set quantization.activations.bits=16 --set quantization.activations.dynamic=false": "bits 16 leaves",
     "MODEL --set model_path=x": "--model-path and --set model_path contradict",
     "MODEL --set .=1": "--set .=1",
     "MODEL --set a.b=1": "--set a",
@@ -244,6 +282,8 @@ BAD_FILES = {
     "output: {save_format: pytorch}": "safetensors",
     "calibration: {batch_size: 0}": "at least 1",
     "quantization: {bits: null}": "None",
+    "quantization: {activations: {granuralty: token}}": "did you mean 'granularity'?",
+    "quantization:\n  activations:\n    bits: 1": "r.yaml:3: quantization.activations.bits: 1 is out of range",
 }
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['options_of', 'Recipe', 'recipe_to_dict', 'resolve']
 
-# %% ../../nbs/utils/config.ipynb #09df221a
+# %% ../../nbs/utils/config.ipynb #c1313836
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from ..core.activation_scheme import ActivationScheme
 from ..core.outlier_suppression_registry import OutlierSuppressionRegistry
 from ..core.quantizer_registry import QuantizerRegistry
 from .recipe_keys import BY_NAME, BY_PATH, KEYS
-from .settings import Setting, argument_settings, document_settings, unknown_key
+from .settings import Setting, argument_settings, document_settings, merge_activations, unknown_key
 from .yaml_file import read_yaml
 
 # %% ../../nbs/utils/config.ipynb #95d7e869
@@ -248,7 +248,7 @@ def recipe_to_dict(
         return plain(getattr(recipe, head)[tail] if tail else getattr(recipe, head))
     return {key: {"value": value(key), "from": origin} for key, origin in recipe.origins.items()}
 
-# %% ../../nbs/utils/config.ipynb #a3b0a626
+# %% ../../nbs/utils/config.ipynb #831a2d4c
 def resolve(
     command_line:Mapping[str, Any]|None=None,  # By name (bits) or dotted path; None counts as not given
     config_path:str|Path|None=None,            # A YAML file
@@ -261,7 +261,8 @@ def resolve(
     if not isinstance(config, Mapping|None): raise UsageError(f"config is {type(config).__name__}, must be a mapping")
     document, lines = read_yaml(config_path) if config_path is not None else (config or {}, {})
     source, file = (str(config_path), f"file {config_path}") if config_path is not None else ("", "config")
-    settings = argument_settings(command_line or {}, origin) + document_settings(document, file, lines, source)
+    given = argument_settings(command_line or {}, origin) + document_settings(document, file, lines, source)
+    settings = merge_activations(given)
     values, won = _recipe_values(settings)
     _look_up(QuantizerRegistry.get, values["method"], _where(won, "method"))
     _check_names(values, won)
