@@ -227,6 +227,8 @@ BAD = {
     "MODEL --method gtpq": "unknown method 'gtpq'; known: ",
     "MODEL --format gguf": "unknown format 'gguf'; known: ",
     "MODEL --outlier-suppression smooth": "unknown outlier suppressor 'smooth'",
+    "MODEL --outlier-suppression []": "'[]' is not a name; write a name, names with commas between them, or none",
+    "MODEL --outlier-suppression none,rotation": "write none alone for no suppressor",
     "MODEL --calibration-dataset wikitext": "minmax needs no calibration data; remove --calibration-dataset",
     "MODEL --device gpu": "'gpu' is no device",
     "MODEL --container zip": "'zip' is not one of",

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SECTIONS', 'MODEL_KEYS', 'OUTPUT_KEYS', 'MARKS', 'ModelSource', 'mark_edited', 'ModuleSink', 'replace_module_',
            'refuse_save_pretrained', 'finish_', 'suppressors_of', 'configured', 'known_keys', 'sections_of',
-           'options_of', 'check_call', 'check_model', 'plan_model', 'calibration_for', 'calibrate_model',
+           'options_of', 'check_call', 'weight_grid', 'check_model', 'plan_model', 'calibration_for', 'calibrate_model',
            'prepare_model', 'needs_range', 'measures_model', 'quantize_model', 'own_grid', 'adopt', 'is_adopted']
 
-# %% ../../nbs/core/in_memory.ipynb #89367256
+# %% ../../nbs/core/in_memory.ipynb #3eaad71b
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from .plan import LayerPlan, Plan, make_plan
 from .qtensor import QuantizedWeight, digest, raw_bytes, round_to_grid
 from .quant_linear import QuantLinear
 from .quantizer_registry import QuantizerRegistry
+from ..utils.recipe_keys import read_names
 from .walk import LayerResult, check_finite, quantize_layer, relative_error
 
 # %% ../../nbs/core/in_memory.ipynb #3de44fae
@@ -138,15 +139,15 @@ def finish_(
         model.save_pretrained = refuse_save_pretrained
     return model
 
-# %% ../../nbs/core/in_memory.ipynb #8cb9c8b5
+# %% ../../nbs/core/in_memory.ipynb #63b9bdcb
 def suppressors_of(
     section:Mapping, # The section `quantization` of a document
 ) -> tuple:          # Configured suppressors, in order
     "The outlier suppressors that a document names, with the options of their own sections."
-    names = section.get("outlier_suppression") or ()
-    names = [part.strip() for part in names.split(",")] if isinstance(names, str) else list(names)
-    names = [] if names == ["none"] else names
-    found = [(name, OutlierSuppressionRegistry.get(name)()) for name in names]
+    where, found = "quantization.outlier_suppression", []
+    for name in read_names(section.get("outlier_suppression"), where):
+        try: found.append((name, OutlierSuppressionRegistry.get(name)()))
+        except UsageError as error: raise UsageError(f"{where}: {error}") from None
     return tuple(configured(name, s, dict(section.get(name) or {})) for name, s in found)
 
 def configured(
@@ -191,7 +192,7 @@ def sections_of(
                          "the key out, or quantize the folder (llmquant.quantize)")
     return {"model": model, "calibration": read_section(config.get("calibration") or {})}
 
-# %% ../../nbs/core/in_memory.ipynb #71b9f5a2
+# %% ../../nbs/core/in_memory.ipynb #bc09bf61
 _OF_FILES = ("bits", "group_size", "method", "outlier_suppression", "layer_wise", "seed", "layers")
 
 def options_of(
@@ -203,13 +204,14 @@ def options_of(
     if not isinstance(config, Mapping | None):
         raise UsageError(f"config is {type(config).__name__}; give a dictionary (YAML files are for the command line)")
     config = dict(config or {})
-    sections = sections_of(config) | {"overrides": (), "suppressors": (), "activations": None}
+    sections = sections_of(config) | {"overrides": (), "suppressors": (), "activations": None, "grid": {}}
     if "quantization" not in config: return {k: v for k, v in config.items() if k not in SECTIONS}, sections
     known_keys(config, SECTIONS)
     section = dict(config["quantization"] or {})
     if (overrides := section.pop("overrides", None)) is not None:
         sections["overrides"] = read_overrides(overrides, "quantization.overrides")
     check_call(section, method, call)
+    sections["grid"] = {key: section[key] for key in ("bits", "group_size") if section.get(key) is not None}
     if sections["calibration"]["seed"] is None: sections["calibration"]["seed"] = section.get("seed")
     sections["activations"] = read_activations(section.pop("activations", None), "quantization.activations")
     sections["suppressors"] = suppressors_of(section)
@@ -220,7 +222,7 @@ def options_of(
     if sections["activations"] and not {"symmetric", "sym", "zero_point"} & set(said): said["symmetric"] = True
     return said, sections
 
-# %% ../../nbs/core/in_memory.ipynb #17736f03
+# %% ../../nbs/core/in_memory.ipynb #e4b58e89
 def check_call(
     section:Mapping, # The section `quantization`
     method:str,      # The quantizer's name
@@ -230,7 +232,7 @@ def check_call(
     if section.get("method", method) != method:
         raise UsageError(f"config is for method {section['method']!r}, and this is {method!r}; make them agree")
     for key, value in call.items():
-        if key in section and section[key] != value:
+        if key in section and value not in (None, section[key]):
             raise UsageError(f"{key} is {value!r} in the call and {section[key]!r} in config; make them agree")
     if section.get("layers") is not None:
         raise UsageError("quantization.layers: is for the command line; in memory the call names decoder layers, as "
@@ -239,6 +241,18 @@ def check_call(
     components = [method, *QuantizerRegistry.list_quantizers(), *OutlierSuppressionRegistry.list_suppressors()]
     found = [key for key, value in section.items() if isinstance(value, Mapping) and key != "activations"]
     known_keys(found, [*dict.fromkeys(components)], "quantization")
+
+# %% ../../nbs/core/in_memory.ipynb #e218db50
+def weight_grid(
+    bits:int|None,       # The call's; None where it says nothing
+    group_size:int|None, # The same
+    document:Mapping,    # What the document says of the two
+    activations,         # The grid of the layers' inputs, an `ActivationScheme`, or None
+) -> tuple[int, int]:    # Bits and group size
+    "The call over the document over what activations imply over 4 bits in groups of 128."
+    implied = {"bits": activations.bits, "group_size": -1} if activations else {"bits": 4, "group_size": 128}
+    said = {**implied, **document}
+    return said["bits"] if bits is None else bits, said["group_size"] if group_size is None else group_size
 
 # %% ../../nbs/core/in_memory.ipynb #fa50c24e
 def check_model(
@@ -353,12 +367,12 @@ def measures_model(
     blockwise = any(map(is_blockwise, sections["suppressors"]))
     return bool(quantizer.needed_statistics()) or blockwise or needs_range(sections)
 
-# %% ../../nbs/core/in_memory.ipynb #94984edd
+# %% ../../nbs/core/in_memory.ipynb #b9a6c607
 @torch.no_grad()
 def quantize_model(
     quantizer,                  # A quantizer
     model,                      # A transformers model; edited in place
-    bits:int=4, group_size:int=128, # The grid
+    bits:int|None=None, group_size:int|None=None, # The grid, see `weight_grid`
     layer_wise:bool=False,      # Quantize only `target_layers`
     target_layers:Iterable[int]|None=None, # Decoder layers
     calibration_data:Any=None,  # Refused by data-free methods
@@ -371,6 +385,7 @@ def quantize_model(
         raise UsageError(f"{quantizer.name} needs no calibration data; leave calibration_data out")
     if options or not quantizer.settings: quantizer.configure(options)
     quantizer.activations = sections["activations"] or quantizer.activations
+    bits, group_size = weight_grid(bits, group_size, sections["grid"], quantizer.activations)
     check_model(model)
     measures, found = measures_model(quantizer, sections), None
     if measures: found = calibration_for(model, calibration_data, sections["calibration"], quantizer.name)

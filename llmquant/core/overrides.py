@@ -42,9 +42,9 @@ class Override:
         own = self.activations.to_dict() if self.activations else 16 if self.activations is False else None
         return {key: value for key, value in {**asdict(self), "activations": own}.items() if value is not None}
 
-# %% ../../nbs/core/overrides.ipynb #e867af22
+# %% ../../nbs/core/overrides.ipynb #853334bd
 _KEYS = (Option("match", str, None), Option("bits", int, None), Option("group_size", int, None, minimum=-1),
-         replace(SYMMETRIC, default=None), Option("skip", bool, None))
+         replace(SYMMETRIC, default=None), Option("activations", int, None), Option("skip", bool, None))
 
 def _read_override(
     given:Any,   # A mapping
@@ -59,13 +59,14 @@ def _read_override(
     if "activations" in given:
         own = {"activations": read_activations(given["activations"], f"{where}.activations") or False}
         given = {key: value for key, value in given.items() if key != "activations"}
-    override = Override(**parse_options(_KEYS, given, where), **own)
+    override = Override(**(parse_options(_KEYS, given, where) | own))
     if not override.match: raise UsageError(f"{where}.match is missing; give a regular expression for module names")
     try: re.compile(override.match)
     except (re.error, OverflowError, RecursionError) as error:
         raise UsageError(f"{where}.match: '{override.match}' is no regular expression ({error}); correct it") from None
     if len(override.to_dict()) == 1:
-        raise UsageError(f"{where}: says which layers and not what about them; add bits, group_size, symmetric, activations or skip")
+        raise UsageError(f"{where}: says which layers and not what about them; add bits, group_size, symmetric, "
+                         "activations or skip")
     if override.skip and len(override.to_dict()) > 2:
         raise UsageError(f"{where}: skip leaves its layers in float, so they have no grid; remove the other keys "
                          "or skip")

@@ -123,12 +123,12 @@ def make_scheme(self:BaseQuantizer,
                    "type": self.activations.type}
     return scheme_for(bits, group_size, s.get("per_channel", True), **kwargs)
 
-# %% ../../nbs/core/quantizer_registry.ipynb #7111b77a
+# %% ../../nbs/core/quantizer_registry.ipynb #77afc843
 @patch
 def quantize(self:BaseQuantizer,
     model,                              # A transformers model; edited in place
-    bits:int=4,                         # Width of the codes
-    group_size:int=128,                 # Columns per scale; -1 channel, 0 no groups
+    bits:int|None=None,                 # Width of the codes; None for 4, or that of activations on a grid
+    group_size:int|None=None,           # Columns per scale; -1 channel, 0 no groups; None for 128, -1 with activations
     layer_wise:bool=False,              # Quantize only `target_layers`
     target_layers:list[int]|None=None,  # Decoder layer numbers; naming some implies `layer_wise`
     calibration_data:Any=None,          # For methods that measure; refused by data-free ones

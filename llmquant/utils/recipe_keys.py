@@ -55,7 +55,7 @@ def read_layers(
     if not found: raise UsageError(f"{where}: names no layer; name some such as '0,1,4-6', or leave it out for all")
     return tuple(sorted(found))
 
-# %% ../../nbs/utils/recipe_keys.ipynb #8fbbf668
+# %% ../../nbs/utils/recipe_keys.ipynb #77d28091
 def read_names(
     value:Any,        # "a", "a,b", "none", None or a list of names
     where:str,        # The key, for the message
@@ -64,9 +64,12 @@ def read_names(
     if value is None: return ()
     items = value if isinstance(value, (list, tuple)) else str(value).split(",") if isinstance(value, str) else [value]
     for item in items:
-        if not isinstance(item, str) or not item.strip():
-            raise UsageError(f"{where}: {item!r} is not a name; write a name or a list of names")
+        if not isinstance(item, str) or not item.strip() or set(item) & set("[]"):
+            raise UsageError(f"{where}: {item!r} is not a name; write a name, names with commas between them, or none "
+                             "for no suppressor")
     names = tuple(item.strip() for item in items)
+    if "none" in names and len(set(names)) > 1:
+        raise UsageError(f"{where}: 'none' stands beside other names; write none alone for no suppressor, or remove it")
     if len(set(names)) < len(names):
         raise UsageError(f"{where}: {', '.join(names)} names one of them twice; name each once")
     return () if names == ("none",) else names
@@ -185,7 +188,7 @@ def read_format(
     "Read the name of an export format."
     return check_value(Option("format", str, "auto"), value, where).replace("-", "_")
 
-# %% ../../nbs/utils/recipe_keys.ipynb #7d7b3910
+# %% ../../nbs/utils/recipe_keys.ipynb #ac1bf2e1
 _QUANTIZATION = (
     Key("method", str, "minmax", "the quantizer, one that `llmquant list` shows", flag="--method"),
     Key("bits", int, 4, "bits per weight; 16 leaves every weight as it is", flag="--bits"),
@@ -202,7 +205,8 @@ _QUANTIZATION = (
         read=read_activations),
     Key("outlier_suppression", str, (), "suppressors to apply first: a name, a list, or none",
         flag="--outlier-suppression", read=read_names),
-    Key("seed", int, 0, "seed of everything random", minimum=0, maximum=2**32 - 1, flag="--seed"))
+    Key("seed", int, 0, "seed of everything random but the rotation, which has "
+        "quantization.rotation.seed", minimum=0, maximum=2**32 - 1, flag="--seed"))
 
 # %% ../../nbs/utils/recipe_keys.ipynb #e4453ac1
 _MODEL = (

@@ -37,7 +37,20 @@ def _section(
     if isinstance(value, Mapping): return value
     raise UsageError(f"{where}: {value!r} is {type(value).__name__}, must be a section with keys of its own")
 
-# %% ../../nbs/utils/settings.ipynb #392ad7c1
+# %% ../../nbs/utils/settings.ipynb #60189a69
+def _spelt(
+    path:str,   # A dotted path that exists
+    origin:str, # Who asked
+) -> str:       # As that one would write it
+    "A path for people, or what it is in a Python call."
+    if origin != "call": return f"'{path}'"
+    name = BY_PATH[path].name if path in BY_PATH else path.removeprefix("quantization.")
+    if path not in SECTIONS and "." not in name: return f"the keyword '{name}'"
+    text = "..."
+    for part in reversed(path.split(".")): text = f'{{"{part}": {text}}}'
+    return f"config={text}"
+
+# %% ../../nbs/utils/settings.ipynb #ff90a8bd
 def unknown_key(
     setting:Setting,           # The one that nothing reads
     what:str,                  # What it should have been
@@ -47,7 +60,7 @@ def unknown_key(
     leaf = lambda path: path.rpartition(".")[2]
     places = {leaf(path): path for path in [*BY_PATH, *SECTIONS, *known]}
     near = get_close_matches(leaf(setting.path).lower(), places, 1)
-    hint = f"; did you mean '{places[near[0]]}'?" if near else ""
+    hint = f"; did you mean {_spelt(places[near[0]], setting.origin)}?" if near else ""
     return UsageError(f"{setting.where}: unknown key, not {what}{hint}")
 
 # %% ../../nbs/utils/settings.ipynb #1eaf7c39
