@@ -13,7 +13,7 @@ from .errors import UsageError
 from .options import Option, parse_options
 from .registry import Registry
 
-# %% ../../nbs/core/outlier_suppression_registry.ipynb #7a20e5d3
+# %% ../../nbs/core/outlier_suppression_registry.ipynb #85431dfe
 class BaseOutlierSuppressor:
     "One outlier suppression method; subclasses write `apply_to_pair`, `apply_to_block`, `present` or `apply`."
     name = ""                          # As it is registered
@@ -28,6 +28,10 @@ class BaseOutlierSuppressor:
         "Validate options and keep them in `settings`."
         self.settings = MappingProxyType(parse_options(self.options, values, where or f"quantization.{self.name}"))
         return self
+
+    def current(self) -> MappingProxyType: # The options' values
+        "The settings; the defaults before `configure`."
+        return self.settings or self.configure({}).settings
 
     def needed_statistics(self) -> tuple[str, ...]: # See the Statistics page
         "What must be measured at the inputs of a block's Linears; () for data-free ones."

@@ -6,7 +6,7 @@
 __all__ = ['SHIFT_LIMIT', 'COARSE', 'FINE', 'STRENGTHS', 'BIASED', 'thresholds', 'drawn', 'OutlierSuppressionV2', 'can_declare',
            'as_vector']
 
-# %% ../../nbs/outlier_suppression/outlier_suppression_v2.ipynb #bead8df7
+# %% ../../nbs/outlier_suppression/outlier_suppression_v2.ipynb #81f4c8e8
 from collections.abc import Iterator
 from dataclasses import replace
 import torch
@@ -16,7 +16,7 @@ from ..core.edited_source import EditedSource, shapes_of
 from ..core.names import natural_key
 from ..core.options import Option
 from ..core.scheme import dtype_name
-from ..core.smoothing import SmoothingPair, shift_obstacle
+from ..core.smoothing import shift_obstacle
 from .smoothing_site import SiteSuppressor, SmoothingSite
 
 # %% ../../nbs/outlier_suppression/outlier_suppression_v2.ipynb #afc931b2

@@ -111,14 +111,14 @@ def stream_rotation(
     blocks = like_gains(gains, size)
     return make_blocks(blocks, *given), blocks
 
-# %% ../../nbs/outlier_suppression/rotation.ipynb #850417c2
+# %% ../../nbs/outlier_suppression/rotation.ipynb #04d2c41a
 @patch
 def present(self:RotationSuppressor,
     source,        # A checkpoint: `config`, `tensors`, `tensor(name)`
     adapter,       # Of the model's family
 ) -> EditedSource: # The same function in other coordinates; tensors in float32, computed when they are read
     "The turned checkpoint."
-    s, shapes = self.settings or self.configure({}).settings, shapes_of(source)
+    s, shapes = self.current(), shapes_of(source)
     sites = sites_for(adapter, source.config, shapes)
     stream = is_turned(s["residual"], sites.refusal, "residual")
     values = is_turned(s["values"], "" if sites.values else "values have no Linear of their own", "values")

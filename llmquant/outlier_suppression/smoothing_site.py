@@ -196,13 +196,9 @@ def best_scale(self:SmoothingSite,
         if error < least: least, best = error, (note, factors)
     return *best, errors
 
-# %% ../../nbs/outlier_suppression/smoothing_site.ipynb #c0e034f2
+# %% ../../nbs/outlier_suppression/smoothing_site.ipynb #5746c1fb
 class SiteSuppressor(BaseOutlierSuppressor):
     "A suppressor that edits a block's smoothing sites one by one."
-    def current(self) -> dict: # The options' values
-        "The settings; the defaults before `configure`."
-        return self.settings or self.configure({}).settings
-
     def edit_site(self,
         site:SmoothingSite, # A pair in its block
     ):
