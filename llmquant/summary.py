@@ -207,16 +207,25 @@ def _adapters_text(verbose:bool) -> str:
         return ", ".join(getattr(ModelRegistry.get(name), "model_types", ())) or "by name, or when no other fits"
     return aligned([(name, types(name)) if verbose else (name,) for name in ModelRegistry.list_adapters()], 2)
 
-# %% ../nbs/summary.ipynb #2debcb6f
+# %% ../nbs/summary.ipynb #0e75643f
+def _suppressors_text(verbose:bool) -> str:
+    "Outlier suppressors, with their options when `verbose`."
+    from llmquant.core.outlier_suppression_registry import OutlierSuppressionRegistry
+    text = ""
+    for name in OutlierSuppressionRegistry.list_suppressors():
+        text += f"  {name}\n"
+        if verbose: text += aligned(map(option_row, OutlierSuppressionRegistry.get(name).options), 4)
+    return text or "  none registered\n"
+
+# %% ../nbs/summary.ipynb #0af33c76
 def list_text(
     verbose:bool=False, # Options, types, ranges, defaults; model types
 ) -> str:               # Everything registered, a third party's components among it
     "What `llmquant list` prints."
     from llmquant.core.format_registry import FormatRegistry
-    from llmquant.core.outlier_suppression_registry import OutlierSuppressionRegistry
     names = lambda found: aligned([(name,) for name in found] or [("none registered",)], 2)
     return ("methods\n" + _methods_text(verbose) + "\nadapters\n" + _adapters_text(verbose)
-            + "\noutlier suppressors\n" + names(OutlierSuppressionRegistry.list_suppressors())
+            + "\noutlier suppressors\n" + _suppressors_text(verbose)
             + "\nformats\n" + names(FormatRegistry.list_formats()))
 
 # %% ../nbs/summary.ipynb #e5b11506

@@ -45,7 +45,8 @@ def test_suppressors_are_refused_with_the_recipes_sentence(names):
     assert str(memory.value).startswith("quantization.outlier_suppression: ")
 
 
-HINTS = {"activation_bits": (8, "did you mean the keyword 'activations'?"), "bitz": (4, "did you mean the keyword 'bits'?"),
+HINTS = {"activation_bits": (8, "did you mean the keyword 'activations'?"),
+         "bitz": (4, "did you mean the keyword 'bits'?"),
          "calibration": ({"num_samples": 4}, """did you mean config={"calibration": ...}?""")}
 
 
@@ -55,3 +56,12 @@ def test_a_wrong_keyword_is_told_the_right_one(keyword):
     value, said = HINTS[keyword]
     with pytest.raises(UsageError) as caught: quantize("m", "o", **{keyword: value})
     assert said in str(caught.value)
+
+
+def test_a_call_gives_keys_of_activations():
+    "A dictionary as a keyword is merged with the document's section, and a width is still a width."
+    config = {"quantization": {"activations": {"bits": 4, "symmetric": False}}}
+    found = resolve({"activations": {"dynamic": False}}, config=config, origin="call")
+    assert str(found.activations) == "A4 tensor static asym" and found.origins["activations"] == "call over config"
+    for wrong, said in ((99, "quantization.activations: 99"), ({"bits": 1}, "quantization.activations.bits: 1")):
+        with pytest.raises(UsageError, match=f"^{said} is out of range"): resolve({"activations": wrong}, origin="call")

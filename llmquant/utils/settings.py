@@ -115,7 +115,7 @@ def _agree(
     if one.value == other.value or key is None: return one.value == other.value
     return key.check(one.value, one.where) == key.check(other.value, other.where)
 
-# %% ../../nbs/utils/settings.ipynb #c3eaa1f1
+# %% ../../nbs/utils/settings.ipynb #0d34b702
 def argument_settings(
     given:Mapping[str, Any],  # Names or dotted paths, to values
     origin:str,               # "command line", or what Python callers are called
@@ -130,14 +130,15 @@ def argument_settings(
         for part in reversed(path.split(".")): document = {part: document}
         alone = [Setting(path, value, "", origin)]
         for s in alone if path in BY_NAME else document_settings(document, origin, {}, prefix=prefix):
-            where = key.flag if flags and key and key.flag else s.where or s.path
-            setting = replace(s, where=where, section=where if s.section and key else s.section)
+            flag = key.flag if flags and key else ""
+            where = flag or s.where or s.path
+            setting = replace(s, where=where, section=s.section and (flag or s.section))
             if not _agree(found.get(s.path, setting), setting):
                 raise UsageError(f"{found[s.path].where} and {where} contradict each other; keep one of them")
             found[s.path] = setting
     return list(found.values())
 
-# %% ../../nbs/utils/settings.ipynb #fcfe14a7
+# %% ../../nbs/utils/settings.ipynb #bf0b7046
 def _given_keys(
     group:Sequence[Setting],     # Of one origin
 ) -> dict[str, Any]|None:        # Values by the options' own names; None for null
@@ -152,7 +153,7 @@ def _given_keys(
             else: return None
             continue
         key = s.path.removeprefix(f"{ACTIVATIONS}.")
-        if s.where == s.section: read_activations(s.value, s.where) # a width
+        if key == "bits" and s.where == s.section: read_activations(s.value, s.where) # a width
         name, value = read_activation_key(key, s.value, s.where.removesuffix(f".{key}"))
         if found.setdefault(name, value) != value:
             raise UsageError(f"{said[name].where} and {s.where} contradict each other; keep one of them")
