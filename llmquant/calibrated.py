@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['logger', 'WITHOUT_EFFECT', 'length_of', 'calibration_of', 'windows_at_a_time', 'sample_from', 'need_of',
-           'check_pairs', 'identity', 'RunJournal', 'calibrated_carry', 'tell_report', 'tell_suppression', 'spoken']
+           'searching_of', 'check_pairs', 'identity', 'RunJournal', 'calibrated_carry', 'tell_report',
+           'tell_suppression', 'spoken']
 
-# %% ../nbs/calibrated.ipynb #966addd8
+# %% ../nbs/calibrated.ipynb #94be94bc
 import logging
 from functools import partial
 from time import perf_counter, process_time
@@ -20,12 +21,14 @@ from .checkpoint.source import CheckpointSource, fingerprint
 from .core.block_source import compute_dtype, for_checkpoint
 from .core.decoder_walk import Storage, begin, climb
 from .core.errors import UsageError
-from .core.memory import MemoryNeed, available, fit, give_back, mib, predict, resident, tight_memory
+from .core.memory import MemoryNeed, available, fit, give_back, mib, predict, resident
+from .core.memory import RANGES, searching_bytes, tight_memory
 from .core.outlier_sizes import model_sizes
 from .core.outlier_suppression_registry import is_blockwise
 from .core.plan import Plan
 from .core.suppress import bare
 from .core.walk import LayerResult
+from .outlier_suppression.smoothing_site import SiteSuppressor
 from .utils.config import Recipe, recipe_to_dict
 from .utils.logging import progress
 
@@ -89,7 +92,7 @@ def sample_from(
     give_back()
     return tokens
 
-# %% ../nbs/calibrated.ipynb #a28986f7
+# %% ../nbs/calibrated.ipynb #b77d7dd4
 def need_of(
     recipe:Recipe,           # Windows, lengths, batches, ceiling
     plan:Plan,               # What will be done
@@ -107,8 +110,18 @@ def need_of(
     if any(map(is_blockwise, suppressors)): wanted.add("maxima") # of what they leave, for the report
     need = predict(plan, tensors, adapter.block_of, source.config, c["num_samples"], length_of(recipe, source.config),
                    c["batch_size"], tuple(wanted), source.dtype.itemsize,
-                   adapter.skeleton(source.config).config._attn_implementation or "eager")
+                   adapter.skeleton(source.config).config._attn_implementation or "eager",
+                   searching_of(plan, tensors, adapter, source.config, suppressors))
     return fit(need, recipe.max_memory)
+
+def searching_of(plan:Plan, tensors:dict, adapter, config:dict, suppressors:tuple) -> int:
+    "Bytes that searches hold beside forward passes: for factors, and for static ranges of least squared error."
+    pairs = ()
+    if any(isinstance(s, SiteSuppressor) and s.settings.get("auto_alpha", True) for s in suppressors):
+        pairs = [p for block in {l.block for l in plan.quantized} for p in adapter.smoothing_pairs(config, block)]
+    grids = [l.scheme.activations for l in plan.quantized]
+    static = any(grid and not grid.dynamic and grid.range_rule == "mse" for grid in grids)
+    return searching_bytes(tensors, pairs, (config.get("text_config") or config)["hidden_size"]) + static * RANGES
 
 # %% ../nbs/calibrated.ipynb #1f283a98
 def check_pairs(

@@ -102,16 +102,16 @@ def plan_text(
         text += f"\nleft in float: {len(left)}, {reason}\n" + aligned(kinds(left), 2)
     return text
 
-# %% ../nbs/summary.ipynb #af0defec
+# %% ../nbs/summary.ipynb #68409b28
 def memory_text(
     need:Any, # A `core.memory.MemoryNeed`
 ) -> str:     # The predicted peak and its parts
     "What a calibrated run will take."
     parts = (("process", "this process before it begins"), ("block", "the largest block"),
              ("statistics", "of its inputs"), ("forward", "one batch on its way"), ("solving", "factors and copies"),
-             ("reading", "the largest tensor that is copied"),
+             ("reading", "the largest tensor that is copied"), ("searching", "what suppressors and static grids try"),
              ("hidden", "hidden states, in files" if need.in_files else "hidden states"))
-    rows = [(human_bytes(getattr(need, name)), text) for name, text in parts]
+    rows = [(human_bytes(getattr(need, name)), text) for name, text in parts if name != "searching" or need.searching]
     return f"\npeak memory, predicted: {human_bytes(need.peak)}\n" + aligned(rows, 2)
 
 # %% ../nbs/summary.ipynb #532b41fc

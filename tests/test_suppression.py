@@ -206,15 +206,15 @@ def test_an_export_cannot_be_smoothed_again(checkpoints, tmp_path):
 
 
 @pytest.mark.parametrize("suppressors", [None, "rotation"])
-@pytest.mark.parametrize("name, bad", [("model.layers.1.mlp.up_proj.weight", "nan"), ("model.embed_tokens.weight", "nan")])
-def test_a_weight_that_is_not_finite_is_named(checkpoints, tmp_path, suppressors, name, bad):
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"])
+def test_a_weight_that_is_not_finite_is_named(checkpoints, tmp_path, suppressors, name):
     "With and without a comparison before the walk; it is not blamed on the adapter."
     from safetensors.torch import load_file, save_file
     tiny.make("llama", tmp_path / "base", torch.float16)
     tiny_tokenizer.save(tmp_path / "base")
     file, = (tmp_path / "base").glob("*.safetensors")
     tensors = load_file(file)
-    tensors[name][:, 5] = float(bad)
+    tensors[name][:, 5] = float("nan")
     save_file(tensors, file, {"format": "pt"})
     rest = {"bits": 4, "group_size": 32}
     with pytest.raises(UsageError, match=f"tensor {name}: .* values are NaN or infinite; repair the checkpoint"):
