@@ -241,3 +241,15 @@ def test_a_refused_apply_declares_no_biases(monkeypatch):
     assert model.config.to_dict() == config and not hasattr(model, "edited_tensors")
     OutlierSuppressionV2().apply(model, tokens)
     assert model.config.attention_bias and model.model.layers[0].self_attn.q_proj.bias is not None
+
+
+@pytest.mark.parametrize("suppressors, rest, more", [
+    ("smooth_quant", {"smooth_quant": {"alpha": 0.5}}, 0), ("smooth_quant", {}, 1), ("outlier_suppression_v2", {}, 1),
+    ("smooth_quant", {"activations": {**STATIC, "dynamic_range": "mse"}, "smooth_quant": {"alpha": 0.5}}, 32)])
+def test_a_search_is_part_of_the_predicted_peak(checkpoints, suppressors, rest, more):
+    "At least, in MiB: copies of a pair and outputs on 2048 tokens; candidates on each number of a histogram."
+    from llmquant.pipeline import preflight
+    from llmquant.utils.config import resolve
+    config = config_of(suppressors, {"activations": 8, **rest})
+    _, need = preflight(resolve({"model_path": str(checkpoints("llama")), "method": "minmax"}, config=config))
+    assert bool(need.searching) == bool(more) and need.searching >= more << 20
