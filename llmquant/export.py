@@ -250,7 +250,7 @@ def side_of_model(
     if model.generation_config is not None: model.generation_config.save_pretrained(folder)
     return model.config.to_dict(), sorted(folder.iterdir()), []
 
-# %% ../nbs/export.ipynb #2ca37338
+# %% ../nbs/export.ipynb #da1a390e
 def export_model(
     model,                   # A quantized transformers model
     adapter,                 # Its family's adapter
@@ -271,6 +271,7 @@ def export_model(
     facts = facts or {"model": {"path": str(source) if source else None, "adapter": adapter.model_type}}
     if source and (changes := changed_keys(model, read_json(Path(source)/"config.json"))):
         facts = {**facts, "config_changes": changes}
+    if said := getattr(model, "suppressed_by", None): facts = {**facts, "outlier_suppression": said}
     with tempfile.TemporaryDirectory() as folder:
         config, side_files, protect = side_of_model(model, Path(source) if source else None, Path(folder))
         carry = lambda sink: hand_over(plan, layers, tensors, sink)

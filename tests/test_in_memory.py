@@ -65,3 +65,17 @@ def test_a_call_gives_keys_of_activations():
     assert str(found.activations) == "A4 tensor static asym" and found.origins["activations"] == "call over config"
     for wrong, said in ((99, "quantization.activations: 99"), ({"bits": 1}, "quantization.activations.bits: 1")):
         with pytest.raises(UsageError, match=f"^{said} is out of range"): resolve({"activations": wrong}, origin="call")
+
+
+def test_the_report_of_an_export_from_memory_names_suppressors(tmp_path):
+    import yaml
+
+    from llmquant.models.llama_adapter import LlamaAdapter
+    model, ids = tiny.build("llama", torch.float16), torch.randint(3, 500, (4, 64))
+    config = {"quantization": {"outlier_suppression": ["rotation", "smooth_quant"], "activations": 8,
+                               "rotation": {"seed": 3}, "smooth_quant": {"alpha": 0.6}}}
+    model = QuantizerRegistry.get("minmax")().quantize(model, calibration_data=ids, config=config)
+    LlamaAdapter().save_quantized(model, str(tmp_path / "out"))
+    said = yaml.safe_load((tmp_path / "out" / "quantization_report.yaml").read_text())["outlier_suppression"]
+    assert list(said) == ["rotation", "smooth_quant"] and said["rotation"]["seed"] == 3
+    assert said["rotation"]["residual"] == "Hadamard 128" and said["smooth_quant"]["alpha"] == 0.6

@@ -6,7 +6,8 @@
 __all__ = ['SECTIONS', 'MODEL_KEYS', 'OUTPUT_KEYS', 'MARKS', 'ModelSource', 'mark_edited', 'ModuleSink', 'replace_module_',
            'refuse_save_pretrained', 'finish_', 'suppressors_of', 'configured', 'known_keys', 'sections_of',
            'options_of', 'check_call', 'weight_grid', 'check_model', 'plan_model', 'calibration_for', 'calibrate_model',
-           'prepare_model', 'needs_range', 'measures_model', 'quantize_model', 'own_grid', 'adopt', 'is_adopted']
+           'prepare_model', 'note_suppression', 'needs_range', 'measures_model', 'quantize_model', 'own_grid', 'adopt',
+           'is_adopted']
 
 # %% ../../nbs/core/in_memory.ipynb #3eaad71b
 from collections.abc import Iterable, Mapping
@@ -329,7 +330,7 @@ def calibrate_model(
                  suppressors=suppressors)
     climb(walk, sink, None, partial(adapter.smoothing_pairs, model.config.to_dict()))
 
-# %% ../../nbs/core/in_memory.ipynb #0d93f030
+# %% ../../nbs/core/in_memory.ipynb #7f2d08c8
 def prepare_model(
     model,                 # A transformers model; edited in place
     suppressors:tuple,     # Configured, in order
@@ -342,10 +343,19 @@ def prepare_model(
         if not is_blockwise(suppressor):
             suppressor.apply(model, calibration_data)
             mark_edited(model, _names(model))
+            note_suppression(model, suppressor)
         elif ensure:
             ensure(model)
             mark_edited(model, set(_names(model)) - before)
     return tuple(filter(is_blockwise, suppressors))
+
+def note_suppression(
+    model,      # A transformers model
+    suppressor, # Was applied to it
+):
+    "Remember on the model which suppressors edited it and with what options, for the report of an export."
+    said = {**getattr(suppressor, "settings", {}), **getattr(suppressor, "notes", {})}
+    model.suppressed_by = {**getattr(model, "suppressed_by", {}), suppressor.name: said}
 
 def _names(model) -> list[str]:
     "What a checkpoint of this model would hold."
@@ -367,7 +377,7 @@ def measures_model(
     blockwise = any(map(is_blockwise, sections["suppressors"]))
     return bool(quantizer.needed_statistics()) or blockwise or needs_range(sections)
 
-# %% ../../nbs/core/in_memory.ipynb #b9a6c607
+# %% ../../nbs/core/in_memory.ipynb #91cc8c97
 @torch.no_grad()
 def quantize_model(
     quantizer,                  # A quantizer
@@ -401,6 +411,7 @@ def quantize_model(
             for layer in plan.quantized:
                 quantized, result = quantize_layer(quantizer, layer, source.tensor(f"{layer.name}.weight"), None)
                 sink.put(layer, quantized, result)
+    for suppressor in blockwise: note_suppression(model, suppressor)
     return finish_(model, plan)
 
 # %% ../../nbs/core/in_memory.ipynb #53cee7fc

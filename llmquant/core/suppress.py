@@ -6,7 +6,7 @@
 __all__ = ['logger', 'check_supported', 'presented', 'bare', 'basis_of', 'apart', 'channel_maxima', 'compare_sources',
            'compare_presented', 'suppress_model', 'remember']
 
-# %% ../../nbs/core/suppress.ipynb #66f02e1b
+# %% ../../nbs/core/suppress.ipynb #41e8aa76
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,7 +19,7 @@ from .block_source import BlockSource, for_checkpoint, for_model
 from .block_walk import SAME_FUNCTION
 from .decoder_walk import Storage, begin
 from .errors import UsageError
-from .in_memory import calibration_for, mark_edited, plan_model
+from .in_memory import calibration_for, mark_edited, note_suppression, plan_model
 from .input_groups import watching
 from .model_registry import ModelRegistry
 from .names import natural_key
@@ -148,7 +148,7 @@ def compare_presented(
         logger.info("%s: logits changed by %.1e", names, found["change"]["logits"])
     return {"outlier_suppression": found, "config_changes": changes}
 
-# %% ../../nbs/core/suppress.ipynb #a1667f58
+# %% ../../nbs/core/suppress.ipynb #577646e5
 class _Planner(BaseQuantizer):
     "Plans a grid and never uses it."
     activations = ActivationScheme()
@@ -174,6 +174,7 @@ def suppress_model(
         for parameter, old in reversed(changed): parameter.copy_(old)
         undo()
         raise
+    note_suppression(model, suppressor)
     return model
 
 # %% ../../nbs/core/suppress.ipynb #e1705e9e

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['is_turned', 'sites_for', 'RotationSuppressor', 'stream_rotation']
 
-# %% ../../nbs/outlier_suppression/rotation.ipynb #1a4a9b6a
+# %% ../../nbs/outlier_suppression/rotation.ipynb #8087761b
 from types import MappingProxyType
 import torch
 from fastcore.basics import patch
 from ..core.edited_source import EditedSource, Originals, present_edits, put_edits_, shapes_of
 from ..core.errors import UsageError
-from ..core.in_memory import ModelSource
+from ..core.in_memory import ModelSource, note_suppression
 from ..core.model_registry import ModelRegistry
 from ..core.options import Option
 from ..core.outlier_suppression_registry import BaseOutlierSuppressor
@@ -136,7 +136,7 @@ def present(self:RotationSuppressor,
     return present_edits(source, edits, {head: sites.embeddings[0]} if tied else {},
                          {"tie_word_embeddings": False} if tied else {})
 
-# %% ../../nbs/outlier_suppression/rotation.ipynb #9e91111b
+# %% ../../nbs/outlier_suppression/rotation.ipynb #cc5239bf
 @patch
 @torch.no_grad()
 def apply(self:RotationSuppressor,
@@ -150,4 +150,5 @@ def apply(self:RotationSuppressor,
     compare_presented(source, view, [self], str(model.device))
     added = [name for name in view.tensors if name not in view.source.tensors]
     put_edits_(model, adapter, view, added[0] if added else "")
+    note_suppression(model, self)
     return model
