@@ -2,6 +2,7 @@
 import pytest
 import tiny
 import tiny_tokenizer
+import torch
 import yaml
 
 from llmquant import quantize
@@ -68,8 +69,6 @@ def test_a_call_gives_keys_of_activations():
 
 
 def test_the_report_of_an_export_from_memory_names_suppressors(tmp_path):
-    import yaml
-
     from llmquant.models.llama_adapter import LlamaAdapter
     model, ids = tiny.build("llama", torch.float16), torch.randint(3, 500, (4, 64))
     config = {"quantization": {"outlier_suppression": ["rotation", "smooth_quant"], "activations": 8,
