@@ -114,13 +114,14 @@ def memory_text(
     rows = [(human_bytes(getattr(need, name)), text) for name, text in parts if name != "searching" or need.searching]
     return f"\npeak memory, predicted: {human_bytes(need.peak)}\n" + aligned(rows, 2)
 
-# %% ../nbs/summary.ipynb #532b41fc
+# %% ../nbs/summary.ipynb #b0e5dff4
 def proof_text(
     proof:Mapping[str, Any], # What `verify` found, or the report's `proof`
 ) -> str:                    # Its figures
     "A proof without the digests, which are for machines."
     machines = ("digests", "edited", "promises_step")
-    return aligned(flat({name: value for name, value in proof.items() if name not in machines}))
+    rows = flat({name: value for name, value in proof.items() if name not in machines})
+    return aligned([(f"{name}, of mean_kl" if name.endswith("bound") else name, value) for name, value in rows])
 
 # %% ../nbs/summary.ipynb #cb7492ca
 def _peak_text(report:Mapping[str, Any]) -> str:

@@ -411,3 +411,11 @@ def test_version_is_fast(tmp_path):
     assert (done.returncode, done.stdout) == (0, f"llmquant {llmquant.__version__}\nFalse\n"), done.stderr
     done = shell("-c", probe, "--bitz", "4", cwd=tmp_path)
     assert done.stdout == "False\n" and "did you mean '--bits'?" in done.stderr
+
+
+def test_options_of_a_suppressor_that_is_not_in_use_are_refused_on_a_command_line():
+    "A file may hold them; said on a command line they would be dropped without a word."
+    given = {"quantization": {"smooth_quant": {"alpha": 0.5}}}
+    assert resolve(config=given).suppressor_options == {}
+    with pytest.raises(UsageError, match="smooth_quant is not in use .outlier_suppression: none.; add --outlier-suppr"):
+        resolve({"quantization.smooth_quant.alpha": 0.5})

@@ -40,7 +40,19 @@ def _spellings(
     "All spellings of a method's options."
     return {name: o.name for o in options for name in (o.name, *o.aliases, *o.negations)}
 
-# %% ../../nbs/utils/config.ipynb #e0b0d947
+# %% ../../nbs/utils/config.ipynb #50aa48e6
+def _check_in_use(
+    setting:Setting,           # Of a component's option
+    suppressors:Sequence[str], # In use
+):
+    "`UsageError` when the command line sets an option of a suppressor that is not asked for."
+    name = setting.method
+    if setting.origin != "command line" or name in suppressors: return
+    if name in OutlierSuppressionRegistry.list_suppressors():
+        raise UsageError(f"{setting.where}: {name} is not in use (outlier_suppression: "
+                         f"{', '.join(suppressors) or 'none'}); add --outlier-suppression {name}, or leave it out")
+
+# %% ../../nbs/utils/config.ipynb #bbcc700c
 def _method_options(
     settings:Sequence[Setting],        # The strongest first
     chosen:str,                        # The method
@@ -55,6 +67,7 @@ def _method_options(
         option = _spellings(options).get(name)
         if option is None or not s.path.startswith("quantization."):
             raise _unknown_option(s, method, [*_spellings(options)])
+        _check_in_use(s, suppressors)
         value = parse_options(options, {name: s.value}, s.where.removesuffix(f".{name}"))[option]
         first = won.setdefault((method, option), s)
         if first is s: values[method, option] = value
