@@ -22,7 +22,7 @@ from pathlib import Path
 
 from measure import CONTEXT, ROOT, machine
 from measure_methods import Rows, bench_of, called, device_name
-from measure_outliers import DOWN_DYNAMIC, OS2, ROTATED, SMOOTH, STATIC_MSE, recipe, row
+from measure_outliers import AUTO, DOWN_DYNAMIC, OS2, ROTATED, SMOOTH, STATIC_MSE, recipe, row
 
 APART, SAMPLES, LENGTH = 0.02, 32, 512
 
@@ -34,6 +34,7 @@ def all_rows():
         ("float", None),
         ("W8A8 dynamic, as it is", row("")),
         ("W8A8 dynamic, smooth_quant", row("", SMOOTH)),
+        ("W8A8 dynamic, smooth_quant auto", row("", AUTO)),
         ("W8A8 dynamic, rotation", row("", ROTATED)),
         ("W8A8 static mse, down_proj dynamic, rotation, smooth_quant",
          row("", *best, activations=STATIC_MSE, overrides=DOWN_DYNAMIC)),
