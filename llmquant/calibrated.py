@@ -7,7 +7,7 @@ __all__ = ['logger', 'WITHOUT_EFFECT', 'length_of', 'calibration_of', 'windows_a
            'searching_of', 'check_pairs', 'identity', 'RunJournal', 'calibrated_carry', 'tell_report',
            'tell_suppression', 'spoken']
 
-# %% ../nbs/calibrated.ipynb #94be94bc
+# %% ../nbs/calibrated.ipynb #715f64c0
 import logging
 from functools import partial
 from time import perf_counter, process_time
@@ -28,7 +28,6 @@ from .core.outlier_suppression_registry import is_blockwise
 from .core.plan import Plan
 from .core.suppress import bare
 from .core.walk import LayerResult
-from .outlier_suppression.smoothing_site import SiteSuppressor
 from .utils.config import Recipe, recipe_to_dict
 from .utils.logging import progress
 
@@ -92,7 +91,7 @@ def sample_from(
     give_back()
     return tokens
 
-# %% ../nbs/calibrated.ipynb #b77d7dd4
+# %% ../nbs/calibrated.ipynb #bdb2907a
 def need_of(
     recipe:Recipe,           # Windows, lengths, batches, ceiling
     plan:Plan,               # What will be done
@@ -117,7 +116,7 @@ def need_of(
 def searching_of(plan:Plan, tensors:dict, adapter, config:dict, suppressors:tuple) -> int:
     "Bytes that searches hold beside forward passes: for factors, and for static ranges of least squared error."
     pairs = ()
-    if any(isinstance(s, SiteSuppressor) and s.settings.get("auto_alpha", True) for s in suppressors):
+    if any(s.searches() for s in filter(is_blockwise, suppressors)):
         pairs = [p for block in {l.block for l in plan.quantized} for p in adapter.smoothing_pairs(config, block)]
     grids = [l.scheme.activations for l in plan.quantized]
     static = any(grid and not grid.dynamic and grid.range_rule == "mse" for grid in grids)

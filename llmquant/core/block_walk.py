@@ -193,7 +193,7 @@ def grids_of(
     return {find(r.layer.name): partial(simulate, scheme=q.scheme.activations, scale=q.input_scale, zero=q.input_zero)
             for q, r in found if q.scheme.activations}
 
-# %% ../../nbs/core/block_walk.ipynb #e4058084
+# %% ../../nbs/core/block_walk.ipynb #1397783c
 @patch
 def outputs(self:BlockView,
     batches:int|None=1, # At most; from the first; None for all
@@ -214,6 +214,7 @@ def _own_range(x:Tensor, scheme) -> Tensor:
     stats.add(x, ("range",))
     return simulate(x, scheme, *static_parameters(stats.finish(), scheme))
 
+# %% ../../nbs/core/block_walk.ipynb #c852f287
 @contextmanager
 def rounded(
     view:BlockView,      # The block

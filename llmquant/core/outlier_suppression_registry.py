@@ -6,14 +6,15 @@
 __all__ = ['CHANGEABLE', 'HOOKS', 'BaseOutlierSuppressor', 'own_apply', 'is_blockwise', 'check_order',
            'OutlierSuppressionRegistry']
 
-# %% ../../nbs/core/outlier_suppression_registry.ipynb #8b59087f
+# %% ../../nbs/core/outlier_suppression_registry.ipynb #fd3dce85
 from types import MappingProxyType
 from typing import Any
+from fastcore.basics import patch
 from .errors import UsageError
 from .options import Option, parse_options
 from .registry import Registry
 
-# %% ../../nbs/core/outlier_suppression_registry.ipynb #85431dfe
+# %% ../../nbs/core/outlier_suppression_registry.ipynb #2568d441
 class BaseOutlierSuppressor:
     "One outlier suppression method; subclasses write `apply_to_pair`, `apply_to_block`, `present` or `apply`."
     name = ""                          # As it is registered
@@ -50,24 +51,33 @@ class BaseOutlierSuppressor:
         "Edit one block; by default every smoothing pair of it."
         for pair in view.pairs: self.apply_to_pair(pair, view)
 
-    def present(self,
-        source,  # A checkpoint: `config`, `tensors`, `tensor(name)`
-        adapter, # Of the model's family
-    ):           # A checkpoint of the same function; the same object when nothing is edited outside of blocks
-        "The checkpoint that all further steps see."
-        return source
+# %% ../../nbs/core/outlier_suppression_registry.ipynb #d7256a42
+@patch
+def present(self:BaseOutlierSuppressor,
+    source,  # A checkpoint: `config`, `tensors`, `tensor(name)`
+    adapter, # Of the model's family
+):           # A checkpoint of the same function; the same object when nothing is edited outside of blocks
+    "The checkpoint that all further steps see."
+    return source
 
-    def apply(self,
-        model,                     # A transformers model; edited in place
-        calibration_data:Any=None, # Token ids [windows, tokens] or what `quantize` takes; None for data-free ones
-    ):                             # The same model
-        "Edit a model in memory so that its float function stays and its outliers shrink."
-        from llmquant.core.suppress import suppress_model
-        return suppress_model(self, model, calibration_data)
+@patch
+def apply(self:BaseOutlierSuppressor,
+    model,                     # A transformers model; edited in place
+    calibration_data:Any=None, # Token ids [windows, tokens] or what `quantize` takes; None for data-free ones
+):                             # The same model
+    "Edit a model in memory so that its float function stays and its outliers shrink."
+    from llmquant.core.suppress import suppress_model
+    return suppress_model(self, model, calibration_data)
 
-    def get_supported_models(self) -> list[str]:
-        "Model families it was made for; 'general' means any."
-        return ["general"]
+@patch
+def searches(self:BaseOutlierSuppressor) -> bool: # Known after `configure`
+    "Whether it tries edits of a pair and takes them back, for which memory must be left."
+    return False
+
+@patch
+def get_supported_models(self:BaseOutlierSuppressor) -> list[str]:
+    "Model families it was made for; 'general' means any."
+    return ["general"]
 
 # %% ../../nbs/core/outlier_suppression_registry.ipynb #fb7a19b9
 CHANGEABLE = ("tie_word_embeddings", "attention_bias") # Of config.json, by what is presented

@@ -77,7 +77,7 @@ def find_scale(self:SmoothingSite,
         errors |= more
     return best, factors, errors
 
-# %% ../../nbs/outlier_suppression/outlier_suppression_v2.ipynb #7dd83d3b
+# %% ../../nbs/outlier_suppression/outlier_suppression_v2.ipynb #c23b776f
 class OutlierSuppressionV2(SiteSuppressor):
     "Shift where both sides have a bias, scale above a threshold; threshold and strength are searched for each pair."
     name = "outlier_suppression_v2"
@@ -87,6 +87,10 @@ class OutlierSuppressionV2(SiteSuppressor):
     def needed_statistics(self) -> tuple[str, ...]: # Of the Statistics page
         "What calibration must measure for it."
         return "maxima", "range"
+
+    def searches(self) -> bool:
+        "Always."
+        return True
 
     def edit_site(self,
         site:SmoothingSite, # A pair in its block

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['ALPHAS', 'smoothing_factors', 'SmoothQuantSuppressor']
 
-# %% ../../nbs/outlier_suppression/smooth_quant.ipynb #4942175a
+# %% ../../nbs/outlier_suppression/smooth_quant.ipynb #fdfd044a
 from types import MappingProxyType
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from ..core.errors import UsageError
 from ..core.options import Option
@@ -26,16 +27,13 @@ def smoothing_factors(
     s = floor(inputs)**alpha / floor(columns)**(1 - alpha)
     return torch.where(live, s / s[live].log().mean().exp(), torch.ones_like(s))
 
-# %% ../../nbs/outlier_suppression/smooth_quant.ipynb #17de64e6
-ALPHAS = tuple(k / 10 for k in range(11)) # Tried by auto_alpha
-
+# %% ../../nbs/outlier_suppression/smooth_quant.ipynb #cc74a2c5
 class SmoothQuantSuppressor(SiteSuppressor):
     "Divide activations and multiply weights by factors between the sizes of both."
     name = "smooth_quant"
     options = (
-        Option("alpha", float, "auto", "how much of the activations' size the weights take over; auto: each pair its own, "
-               "or 0.5 where auto_alpha is false",
-               minimum=0, maximum=1, auto=True),
+        Option("alpha", float, "auto", "how much of the activations' size the weights take over; auto: each pair its "
+               "own, or 0.5 where auto_alpha is false", minimum=0, maximum=1, auto=True),
         Option("auto_alpha", bool, "auto", "choose alpha for each pair by the quantized block's output error; "
                "auto: where alpha is", auto=True),
         Option("folding", str, "all", "which producers take factors: all of them or only norms",
@@ -60,18 +58,26 @@ class SmoothQuantSuppressor(SiteSuppressor):
         "What calibration must measure for it."
         return ("maxima",)
 
-    def edit_site(self,
-        site:SmoothingSite, # A pair in its block
-    ):
-        "Find the factors of one site and fold them in."
-        inputs, columns = site.gather(site.stats.maxima), site.column_maxima()
-        site.check_alive(inputs, self.name)
-        alpha, facts = self.current()["alpha"], {}
-        if alpha == "auto":
-            tries = ((a, smoothing_factors(inputs, columns, a)) for a in ALPHAS)
-            alpha, factors, errors = site.best_scale(tries, site.reference())
-            facts = {"error_ratio": min([1., *errors.values()])}
-        else: factors = smoothing_factors(inputs, columns, alpha)
-        factors = site.scale_by(factors)
-        facts |= {"alpha": alpha, "largest_factor": float(factors.max()), "smallest_factor": float(factors.min())}
-        site.note(self.name, facts)
+    def searches(self) -> bool:
+        "Whether alpha is searched."
+        return self.current()["auto_alpha"]
+
+# %% ../../nbs/outlier_suppression/smooth_quant.ipynb #e6e9ce3e
+ALPHAS = tuple(k / 10 for k in range(11)) # Tried by auto_alpha
+
+@patch
+def edit_site(self:SmoothQuantSuppressor,
+    site:SmoothingSite, # A pair in its block
+):
+    "Find the factors of one site and fold them in."
+    inputs, columns = site.gather(site.stats.maxima), site.column_maxima()
+    site.check_alive(inputs, self.name)
+    alpha, facts = self.current()["alpha"], {}
+    if alpha == "auto":
+        tries = ((a, smoothing_factors(inputs, columns, a)) for a in ALPHAS)
+        alpha, factors, errors = site.best_scale(tries, site.reference())
+        facts = {"error_ratio": min([1., *errors.values()])}
+    else: factors = smoothing_factors(inputs, columns, alpha)
+    factors = site.scale_by(factors)
+    facts |= {"alpha": alpha, "largest_factor": float(factors.max()), "smallest_factor": float(factors.min())}
+    site.note(self.name, facts)
