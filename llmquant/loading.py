@@ -136,8 +136,9 @@ def open_any(path: str | Path,               # an export, a plain checkpoint, a 
     if not file.is_file(): return open_checkpoint(path, trust_remote_code)
     try: config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error: raise UsageError(f"{file}: is no JSON ({error}); fetch the file again") from None
-    if not config.get("quantization_config"): return open_checkpoint(path, trust_remote_code)
-    export_format(config["quantization_config"], path)
+    section = config.get("quantization_config")
+    if not section or "llmquant_scheme" not in section: return open_checkpoint(path, trust_remote_code)
+    export_format(section, path)
     return CheckpointSource(path)
 
 # %% ../nbs/loading.ipynb #db0484cb

@@ -58,6 +58,11 @@ def cut(path, size):
     os.truncate(path, size if size >= 0 else path.stat().st_size + size)
 
 
+def codes(folder):
+    "Put integers in the place of a weight."
+    safetensors.torch.save_file({"model.layers.2.w": torch.ones(4, 4, dtype=torch.int32)}, folder / "2.safetensors")
+
+
 def only_pickles(folder):
     for file in folder.iterdir():
         if file.name != "config.json": file.unlink()
@@ -84,11 +89,12 @@ FAULTS = {
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), "config.json: must hold a JSON object"),
     "no config": (lambda f: (f / "config.json").unlink(), "lacks config.json"),
     "pickles": (only_pickles, "pytorch_model.bin"),
-    "quantized": (lambda f: rewrite(f / "config.json", quantization_config={"quant_method": "awq"}), "quantized (awq)"),
-    "quantized inside": (lambda f: rewrite(f / "config.json", text_config={"quantization_config": {}, "x": 1} | {
-        "quantization_config": {"quant_method": "gptq"}}), "quantized (gptq)"),
+    "quantized": (lambda f: (codes(f), rewrite(f / "config.json", quantization_config={"quant_method": "awq"})),
+                  "already quantized (awq, tensor model.layers.2.w)"),
+    "quantized inside": (lambda f: (codes(f), rewrite(f / "config.json", text_config={
+        "quantization_config": {"quant_method": "gptq"}})), "already quantized (gptq, tensor model.layers.2.w)"),
     "hub code": (lambda f: rewrite(f / "config.json", model_type="own", auto_map={"A": "m.M"}), "trust_remote_code"),
-    "link outside": (lambda f: (f / "vocab.txt").symlink_to("/etc/hostname"), "leaves the checkpoint's folder"),
+    "link to nothing": (lambda f: (f / "vocab.txt").symlink_to("nowhere"), "vocab.txt: is a link to a file that does not"),
     "two GGUFs": (lambda f: [p.unlink() for p in f.iterdir()] and [(f / f"{n}.gguf").touch() for n in "ab"], "2 GGUF"),
     "fake GGUF": (lambda f: [p.unlink() for p in f.iterdir()] and (f / "a.gguf").write_text("x"), "begin like a GGUF"),
     "nothing": (lambda f: [p.unlink() for p in f.iterdir()], "it holds nothing"),

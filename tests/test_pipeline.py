@@ -250,6 +250,8 @@ def outside(path):
 def quantized_already(path):
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "awq"}}))
+    file = next(f for f in path.glob("*.safetensors") if "model.layers.1.mlp.up_proj.weight" in _read(f))
+    save_file({**_read(file), "model.layers.1.mlp.up_proj.qweight": torch.ones(4, 4, dtype=torch.int32)}, file)
 
 
 def hub_code(path):
@@ -271,7 +273,7 @@ def pickles(path):
 
 
 BAD = [(missing, "nowhere"), (no_checkpoint, "no checkpoint"), (missing_shard, "model-00002"), (truncated, "truncated"),
-       (outside, "outside"), (quantized_already, "already quantized (awq)"), (hub_code, "trust_remote_code"),
+       (outside, "outside"), (quantized_already, "already quantized (awq, tensor model.layers.1.mlp.up_proj.qweight)"), (hub_code, "trust_remote_code"),
        (not_a_number, "tensor model.layers.1.mlp.up_proj.weight: 1 of"), (pickles, "pickles"),
        (unsupported_bits, "2, 3, 4, 8"), (not_dividing, "use 32, 64, 128 or -1"), (unknown_method, "minmax"),
        (unknown_suppressor, "unknown outlier suppressor"), (missing_layer, "layers 0 to 1"), (wrong_type, "four")]

@@ -19,14 +19,9 @@ PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 # %% ../../nbs/checkpoint/side_files.ipynb #8a9d67e5
 def _check_link(
     path:Path, # a symbolic link inside a checkpoint
-    folder:Path, # the checkpoint
 ):
-    "Allow links that stay in the folder or lead into the hub cache's blobs."
-    real = path.resolve()
-    if not real.exists(): raise UsageError(f"{path}: is a link to a file that does not exist; fetch it again")
-    cached = real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
-    if not cached and not real.is_relative_to(folder.resolve()):
-        raise UsageError(f"{path}: is a link that leaves the checkpoint's folder; put the file itself in its place")
+    "`UsageError` for a link that leads nowhere."
+    if not path.exists(): raise UsageError(f"{path}: is a link to a file that does not exist; fetch it again")
 
 # %% ../../nbs/checkpoint/side_files.ipynb #a611acf1
 def find_side_files(
@@ -43,5 +38,5 @@ def find_side_files(
                   and not name.startswith(".") and not name.endswith(".index.json")]
     found = [path for path in found if path != folder / "config.json"]
     for path in found:
-        if path.is_symlink(): _check_link(path, folder)
+        if path.is_symlink(): _check_link(path)
     return [path for path in found if path.is_file()]

@@ -144,7 +144,7 @@ def climb(
     done = [] if journal is None else journal.done
     results = [restored(entry, layers) for _, record in done for entry in record["results"]]
     for _, record in done: sink.edited.update(record["edited"])
-    of_block, last = by_block(plan, adapter), max((l.block for l in plan.quantized), default=-1)
+    of_block, last = by_block(plan, adapter, len(walk.blocks)), max((l.block for l in plan.quantized), default=-1)
     if source is not None: pass_on(plan, of_block.get(None, []), source, sink)
     for index in progress(list(range(len(done), len(walk.blocks)))):
         plans = {l.name: l for l in plan.quantized if l.block == index}
@@ -159,10 +159,16 @@ def climb(
     return results
 
 # %% ../../nbs/core/decoder_walk.ipynb #a69d1842
-def by_block(plan:Plan, adapter) -> dict[int|None, list[str]]:
-    "Names of kept tensors by the block they are in; None for those outside."
+def by_block(
+    plan:Plan,  # What to do
+    adapter,    # Of the model's family
+    blocks:int, # How many blocks the decoder has; prediction layers carry the indices behind them
+) -> dict[int|None, list[str]]:
+    "Names of kept tensors by the block they are in; None for those outside and for layers behind the last block."
     found = {}
-    for name in sorted(plan.kept, key=natural_key): found.setdefault(adapter.block_of(name), []).append(name)
+    for name in sorted(plan.kept, key=natural_key):
+        index = adapter.block_of(name)
+        found.setdefault(index if index is None or index < blocks else None, []).append(name)
     return found
 
 def pass_on(plan:Plan, names:Iterable[str], source, sink):
