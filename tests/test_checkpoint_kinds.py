@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmquant import load, quantize
+from llmquant.calibration.data import load_calibration
 from llmquant.core.errors import UsageError
 from llmquant.pipeline import check
 from llmquant.utils.config import resolve
@@ -107,3 +108,17 @@ def test_a_stale_section_is_left_out(checkpoints, tmp_path, section, caplog):
     if "text_config" in section: return
     found, plain = load(model).state_dict(), load(base).state_dict()
     assert all(found[name].equal(plain[name]) for name in plain)
+
+
+def test_a_byte_level_tokenizer_under_another_class_is_read_as_it_is(checkpoints, tmp_path, caplog):
+    "tokenizer_config.json names a class of SentencePiece; the windows are pieces of the text all the same."
+    from tokenizers import Tokenizer
+    model = variant(checkpoints("llama"), tmp_path / "model")
+    (model / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizerFast", "bos_token": "<s>"}')
+    text = "".join(f"{number} bottles, {number * number} glasses;\n" for number in range(400))
+    (tmp_path / "text.txt").write_text(text)
+    data = load_calibration(tmp_path / "text.txt", model, 512, 4, 50)
+    alone = Tokenizer.from_file(str(model / "tokenizer.json"))
+    windows = [alone.decode(window.tolist()) for window in data.tokens]
+    assert "".join(windows) == text[:len("".join(windows))] and all(" bottles, " in window for window in windows)
+    assert "gives other ids than tokenizer.json" in caplog.text
