@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from llmquant.core.errors import ProofError, UsageError
 from llmquant.evaluation import proof
-from llmquant.pipeline import quantize
+from llmquant.formats.unpackers import read_safetensors
+from llmquant.loading import load
+from llmquant.pipeline import info, quantize
 
 SYMMETRIC = {"quantization": {"minmax": {"symmetric": True}}}
 EXPORTS = {"compressed_tensors": dict(bits=4, group_size=32), "awq": dict(bits=4, group_size=32, format="awq"),
@@ -99,7 +101,7 @@ def test_quantization_config_against_tensors_and_report(name, folder, tmp_path):
     def method(config): config["quantization_config"]["llmquant_method"] = "other"
     def ignore(config):
         found = config["quantization_config"]
-        if "dynamic" in found: found["dynamic"][f"-:^{re.escape(LAYER)}$"] = {}
+        if "dynamic" in found: found["dynamic"][f"-:^(?:{re.escape(LAYER)})$"] = {}
         else: found["ignore" if "ignore" in found else "modules_to_not_convert"].append(LAYER)
     for edit, expected in ((group_size, "config.json says group_size 64, and each of the 8 scales"),
                            (scheme, "quantization_config.llmquant_scheme is"),
@@ -161,6 +163,71 @@ def test_damaged_configs(folder, tmp_path):
         assert found.startswith(f"{export/'config.json'}: ") and "not an export of llmquant, or it is damaged" in found
     for i, text in enumerate(("{", "[]")):
         assert "config.json: " in message(UsageError, edited(folder/"awq", tmp_path/f"t{i}", text=text), folder/"base")
+
+
+def sharded(export, target, shard):
+    "A copy of an export whose index says that everything lies in `shard`."
+    shutil.copytree(export, target)
+    file, = target.glob("*.safetensors")
+    file.rename(target.parent/"away.safetensors")
+    names = load_file(target.parent/"away.safetensors")
+    (target/"model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, shard)}))
+    return target
+
+
+@pytest.mark.parametrize("shard,expected", [
+    ("../away.safetensors", "outside the checkpoint's folder; only names inside it are allowed"),
+    ("/away.safetensors", "outside the checkpoint's folder"), (3, "outside the checkpoint's folder"),
+    ("x" * 300 + ".safetensors", "no file can have a name of more than 255 bytes"),
+    ("away.bin", "only .safetensors files are read")])
+def test_an_index_that_leads_elsewhere(shard, expected, folder, tmp_path):
+    "Refused by all that read an export, with the same words; the file that is named would pass."
+    export = sharded(folder/"awq", tmp_path/"e", shard)
+    said = message(UsageError, export, folder/"base")
+    assert "model.safetensors.index.json: tensor " in said and expected in said
+    for read in info, load, read_safetensors:
+        with pytest.raises(UsageError) as caught: read(export)
+        assert str(caught.value) == said
+    shutil.copy(tmp_path/"away.safetensors", export/"in.safetensors")
+    index = export/"model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(load_file(export/"in.safetensors"), "in.safetensors")}))
+    assert proof.verify(export, folder/"base")["files"]["layers"] == 14
+
+
+def test_headers_are_limited(folder, tmp_path):
+    "A header longer than a safetensors file may have, one that names a tensor twice, tensors that share bytes."
+    export = shutil.copytree(folder/"awq", tmp_path/"e")
+    file, = export.glob("*.safetensors")
+    whole = file.read_bytes()
+    size = int.from_bytes(whole[:8], "little")
+    header, body = json.loads(whole[8:8 + size]), whole[8 + size:]
+    def write(text): file.write_bytes(len(text).to_bytes(8, "little") + text + body)
+    with open(file, "wb") as sparse:
+        sparse.write((200_000_000).to_bytes(8, "little"))
+        sparse.truncate(300_000_000)
+    assert "its length says 200000000 bytes, 100000000 are allowed" in message(UsageError, export)
+    with pytest.raises(UsageError, match="header of 200000000 bytes is longer than the 100000000"):
+        read_safetensors(export)
+    text = json.dumps(header).encode()
+    write(text.replace(b"{", b'{"model.norm.weight": %s, ' % json.dumps(header["model.norm.weight"]).encode(), 1))
+    assert "a name occurs twice" in message(UsageError, export)
+    with pytest.raises(UsageError, match="holds no JSON object"): read_safetensors(export)
+    write(json.dumps(header | {"more": header["model.norm.weight"]}).encode())
+    assert "overlaps another" in message(UsageError, export)
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", "([a-z._]+)*!", ".*", "^model.*$", "^(?:lm_head)$|.*"])
+def test_patterns_are_data(pattern, folder, tmp_path):
+    "An expression that our exports do not write is refused, and never run: the first two would take years."
+    def gptq(config): config["quantization_config"]["dynamic"][f"-:{pattern}"] = {}
+    def ignore(config): config["quantization_config"]["ignore"].append(f"re:{pattern}")
+    def targets(config):
+        config["quantization_config"]["config_groups"]["group_0"]["targets"].append(f"re:{pattern}")
+    packed = "compressed_tensors"
+    for name, edit, expected in (("gptq", gptq, "dynamic has the key"), (packed, ignore, "must hold names"),
+                                 (packed, targets, "targets must be a list of names")):
+        found = message(UsageError, edited(folder/name, tmp_path/edit.__name__, edit=edit), folder/"base")
+        assert expected in found and "this is not an export of llmquant, or it is damaged" in found
 
 
 def test_paths_that_are_no_export(folder, tmp_path):

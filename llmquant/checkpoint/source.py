@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import tempfile
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import torch
 
@@ -21,7 +21,7 @@ from .gguf import convert_gguf
 from .shard import TensorInfo, as_bytes, open_shard, read_header, read_tensor
 from .side_files import PICKLES, find_side_files
 from ..core.errors import UsageError
-from ..core.names import natural_key
+from ..core.names import check_shard, natural_key
 
 # %% ../../nbs/checkpoint/source.ipynb #6deeac68
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -40,14 +40,6 @@ def read_json(
     if not isinstance(value, dict): raise UsageError(f"{path}: must hold a JSON object; fetch the file again")
     return value
 
-# %% ../../nbs/checkpoint/source.ipynb #502125e4
-def _stays_inside(
-    file:str, # a file name from an index
-)->bool: # whether it names something inside the folder
-    "Whether a relative name can only lead further into its folder."
-    parts = PurePosixPath(file)
-    return bool(file) and "\\" not in file and not parts.is_absolute() and ".." not in parts.parts
-
 # %% ../../nbs/checkpoint/source.ipynb #2ed5b88d
 def _read_index(
     folder:Path, # of the checkpoint
@@ -57,12 +49,7 @@ def _read_index(
     if not path.exists(): return {}
     named = read_json(path).get("weight_map")
     if not isinstance(named, dict) or not named: raise UsageError(f"{path}: has no weight_map; fetch the file again")
-    for tensor, file in named.items():
-        if not isinstance(file, str) or not _stays_inside(file):
-            raise UsageError(f"{path}: tensor {tensor} is said to lie in {file!r}, outside the checkpoint's folder; "
-                             "only names inside it are allowed, do not use this checkpoint")
-        if not file.endswith(".safetensors"):
-            raise UsageError(f"{path}: tensor {tensor} is said to lie in {file!r}; only .safetensors files are read")
+    for tensor, file in named.items(): check_shard(file, tensor, path)
     return named
 
 # %% ../../nbs/checkpoint/source.ipynb #e4b632c3

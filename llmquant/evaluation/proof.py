@@ -136,6 +136,7 @@ def check_files(export: Path,               # folder
                 ) -> dict:                  # counts
     "The first two questions: the files against the digests and against MODEL."
     report, file = read_report(export), Path(export)/"config.json"
+    CheckpointSource(export).close() # the index and all headers, checked as for `info` and `load`
     tensors, config = read_safetensors(export), read_json(file)
     check_quantization(config, report, file)
     if reference is None: return check_layers(tensors, config, report, None)
