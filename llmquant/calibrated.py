@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'WITHOUT_EFFECT', 'length_of', 'calibration_of', 'windows_at_a_time', 'sample_from', 'need_of',
            'searching_of', 'check_pairs', 'identity', 'RunJournal', 'calibrated_carry', 'tell_report',
-           'tell_suppression', 'spoken']
+           'tell_suppression', 'log_layers']
 
 # %% ../nbs/calibrated.ipynb #715f64c0
 import logging
@@ -27,7 +27,7 @@ from .core.outlier_sizes import model_sizes
 from .core.outlier_suppression_registry import is_blockwise
 from .core.plan import Plan
 from .core.suppress import bare
-from .core.walk import LayerResult
+from .core.walk import LayerResult, with_words
 from .utils.config import Recipe, recipe_to_dict
 from .utils.logging import progress
 
@@ -86,7 +86,8 @@ def sample_from(
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(source.path, dtype="auto",
                                                  trust_remote_code=recipe.trust_remote_code).eval()
-    tokens = own_text(model, num_samples, max_length, seed, at_a_time)
+    tokens = own_text(model, num_samples, max_length, seed, at_a_time,
+                      partial(progress, description="writing calibration text", unit="token"))
     del model
     give_back()
     return tokens
@@ -137,7 +138,8 @@ def check_pairs(
                      "smoothing_pairs names them")
 
 # %% ../nbs/calibrated.ipynb #7be61236
-WITHOUT_EFFECT = ("output_path", "model_path", "overwrite", "verify", "resume", "verbose", "max_memory", "device_map")
+WITHOUT_EFFECT = ("output_path", "model_path", "overwrite", "verify", "resume", "verbose", "quiet", "max_memory",
+                  "device_map")
 
 def identity(
     recipe:Recipe,            # What to do
@@ -209,9 +211,10 @@ def calibrated_carry(
     if journal.done: logger.info("going on at block %d of %d", len(journal.done), len(blocks))
     walk = begin(plan, quantizer, blocks, data.tokens, recipe.calibration["batch_size"], storage, journal.done,
                  suppressors)
-    words = []
-    def tell(index, results): words[:] = spoken(index, results)
-    shown = partial(progress, description="quantizing", unit="block", state=lambda: "".join(words))
+    shown, say = with_words(progress, description="quantizing", unit="block", interval=1)
+    def tell(index, results):
+        log_layers(results)
+        say(results)
     results = climb(walk, sink, source, partial(adapter.smoothing_pairs, source.config), journal, shown, tell)
     tell_report(facts, walk, data, need, journal)
     return results
@@ -236,12 +239,11 @@ def tell_suppression(facts:dict, walk, data:CalibrationData) -> dict:
     return before | {"blocks": blocks} | ({"sizes": [*before.get("sizes", ()), sizes]} if sizes else {})
 
 # %% ../nbs/calibrated.ipynb #1b13f73f
-def spoken(index:int, results:list[LayerResult]) -> str:
-    "The worst layer of a block for the bar; every layer for `--verbose`."
+def log_layers(
+    results:list[LayerResult], # Of one block
+):
+    "Every layer, for `--verbose`."
     for r in results:
         notes = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in r.notes.items())
         logger.debug("%s: relative error %.4f, %.2f s%s", r.layer.name, r.relative_error, r.seconds,
                      f", {notes}" if notes else "")
-    if not results: return f"block {index} left in float"
-    worst = max(results, key=lambda r: r.relative_error)
-    return f"{worst.layer.name} error {worst.relative_error:.3f}, {resident() / 2**30:.2f} GiB"

@@ -95,7 +95,10 @@ def _recipe(
         if key.check(assigned[path], f"--set {path}") != key.check(values[path], key.flag):
             raise UsageError(f"{key.flag} and --set {path} contradict each other; keep one of them")
     if arguments.config == "": raise UsageError("--config is empty; give a YAML file")
-    return resolve(values | assigned, config_path=arguments.config)
+    recipe = resolve(values | assigned, config_path=arguments.config)
+    if recipe.verbose and recipe.quiet: raise UsageError("--verbose and quiet contradict each other; keep one of them")
+    setup_logging(recipe.verbose, recipe.quiet) # the file may have asked for silence
+    return recipe
 
 # %% ../nbs/cli.ipynb #cf7d684c
 def _quantize(arguments) -> str:
@@ -103,7 +106,8 @@ def _quantize(arguments) -> str:
     recipe = _recipe(arguments, ("--model-path", "--output-path"))
     from llmquant.pipeline import run
     from llmquant.summary import report_text
-    return report_text(run(recipe), recipe.output_path)
+    report = run(recipe)
+    return "" if recipe.quiet else report_text(report, recipe.output_path)
 
 # %% ../nbs/cli.ipynb #9fdc426f
 def _check(arguments) -> str:
@@ -112,7 +116,7 @@ def _check(arguments) -> str:
     from llmquant.pipeline import preflight
     from llmquant.summary import memory_text, plan_text
     plan, need = preflight(recipe)
-    return plan_text(plan) + (memory_text(need) if need else "")
+    return "" if recipe.quiet else plan_text(plan) + (memory_text(need) if need else "")
 
 # %% ../nbs/cli.ipynb #e7ccee50
 def _list(arguments) -> str:
@@ -135,8 +139,9 @@ def _verify(arguments) -> str:
         raise UsageError(f"--bound: {arguments.bound!r} is no positive number; give a mean KL divergence such as 1e-4")
     from llmquant.evaluation.proof import verify
     from llmquant.summary import proof_text
-    return proof_text(verify(Path(arguments.export), arguments.reference, bound=bound, stock=arguments.stock or None,
-                             require_vllm=arguments.stock or bound is not None))
+    found = verify(Path(arguments.export), arguments.reference, bound=bound, stock=arguments.stock or None,
+                   require_vllm=arguments.stock or bound is not None)
+    return "" if arguments.quiet else proof_text(found)
 
 # %% ../nbs/cli.ipynb #3b1f722a
 def _make_parser() -> tuple[_Parser, dict[str, _Parser]]: # The whole command, and each verb's parser
@@ -149,13 +154,22 @@ def _make_parser() -> tuple[_Parser, dict[str, _Parser]]: # The whole command, a
         parsers[verb] = verbs.add_parser(verb, help=function.__doc__, description=function.__doc__, allow_abbrev=False)
         parsers[verb].set_defaults(function=function)
         if verb in ("quantize", "check"): _add_recipe_flags(parsers[verb])
-        else: parsers[verb].add_argument("--verbose", action="store_true", help="say more")
+        else: _add_loudness(parsers[verb], quiet=verb == "verify")
     parsers["info"].add_argument("path", metavar="PATH", help="a checkpoint or an export")
     _add_verify_flags(parsers["verify"])
     return parser, parsers
 
 # %% ../nbs/cli.ipynb #fcf904a9
 _VERBS: dict[str, Callable] = {"quantize": _quantize, "check": _check, "verify": _verify, "info": _info, "list": _list}
+
+def _add_loudness(
+    parser:argparse.ArgumentParser, # Of a verb without a recipe
+    quiet:bool,                     # Whether it can be silent
+):
+    "--verbose or --quiet."
+    loudness = parser.add_mutually_exclusive_group()
+    loudness.add_argument("--verbose", action="store_true", help="say more")
+    if quiet: loudness.add_argument("--quiet", action="store_true", help="say nothing; the exit status says it")
 
 def _add_verify_flags(parser:argparse.ArgumentParser):
     "The flags of `verify`."
@@ -176,7 +190,7 @@ def run_command(
     verb, rest = ("quantize", arguments) if arguments[0].startswith("-") else (arguments[0], arguments[1:])
     if verb not in _VERBS: raise UsageError(f"unknown command {verb!r}; known: {known}{closest(verb, _VERBS)}")
     parsed = parsers[verb].parse_all(rest)
-    setup_logging(getattr(parsed, "verbose", False))
+    setup_logging(getattr(parsed, "verbose", False), getattr(parsed, "quiet", False))
     return parsed.function(parsed)
 
 # %% ../nbs/cli.ipynb #a5a251b5

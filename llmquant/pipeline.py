@@ -27,10 +27,10 @@ from .core.plan import Plan, make_plan, nbytes
 from .core.quantizer_registry import BaseQuantizer, QuantizerRegistry
 from .core.scheme import dtype_name
 from .core.suppress import compare_presented, presented
-from .core.walk import walk
+from .core.walk import walk, with_words
 from .export import REPORT, export_model, write_export
 from .utils.config import Recipe, recipe_to_dict, resolve
-from .utils.logging import progress
+from .utils.logging import progress, quieted
 
 logger = logging.getLogger(__name__)
 
@@ -162,6 +162,10 @@ def run(
     recipe:Recipe, # From `resolve`
 ) -> dict:         # The report
     "Quantize a checkpoint and write the export; raises before anything is written, or leaves nothing half-written."
+    with quieted(recipe.quiet): return _run(recipe)
+
+def _run(recipe:Recipe) -> dict:
+    "`run`, however loud."
     torch.manual_seed(recipe.seed)
     if not recipe.model_path: raise UsageError("no model given; name a checkpoint with --model-path")
     if not recipe.output_path: raise UsageError("no output given; name a folder with --output-path")
@@ -187,8 +191,8 @@ def run(
         if calibrates(quantizer, recipe):
             carry, more = _calibrated(recipe, plan, adapter, quantizer, source, device, shared["facts"], suppressors)
         else:
-            counted = partial(progress, description="quantizing", unit="tensor")
-            carry, more = partial(walk, plan, quantizer, source, device=device, progress=counted), {}
+            shown, tell = with_words(progress, description="quantizing", unit="tensor")
+            carry, more = partial(walk, plan, quantizer, source, device=device, progress=shown, tell=tell), {}
         promises_step = bool(plan.schemes) and not suppressors and all(map(quantizer.promises_step, plan.schemes))
         return write_export(plan, adapter, carry, promises_step, source.config,
                             Path(recipe.output_path), side_files=source.side_files, **shared, **more)

@@ -6,7 +6,7 @@
 __all__ = ['AT_A_TIME', 'draw', 'first_token', 'write_windows', 'own_text', 'window_bytes']
 
 # %% ../../nbs/calibration/own_text.ipynb #9f49e2aa
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -47,11 +47,12 @@ AT_A_TIME = 32  # windows that are written together, where memory allows
 def write_windows(
     model: Any,  # in eval mode
     numbers: Tensor,  # float64 [windows, tokens]
+    progress: Callable[[Tensor], Iterable] = iter,  # wraps the tokens, to show a bar
 ) -> Tensor:  # int64, the same shape
     "Some windows at once, with the model's own cache of keys and values."
     last = torch.full((len(numbers), 1), first_token(model))
     seen, cache = last, None
-    for column in numbers.T:
+    for column in progress(numbers.T):
         given = seen if cache is None else last
         out = model(input_ids=given.to(model.device), past_key_values=cache, use_cache=True)
         cache = getattr(out, "past_key_values", None)
@@ -66,6 +67,7 @@ def own_text(
     max_length: int,  # tokens in each
     seed: int,  # of the draws
     at_a_time: int = AT_A_TIME,  # windows that are written together
+    progress: Callable[[Tensor], Iterable] = iter,  # see `write_windows`
 ) -> Tensor:  # int64 [num_samples, max_length]
     "Text that the model writes by itself."
     was_training = model.training
@@ -74,7 +76,8 @@ def own_text(
         source = torch.Generator().manual_seed((seed << 20) + window)
         return torch.rand(max_length, generator=source, dtype=torch.float64)
     try:
-        parts = [write_windows(model, torch.stack([numbers(n) for n in range(start, min(start + at_a_time, num_samples))]))
+        parts = [write_windows(model, torch.stack([numbers(n) for n in range(start, min(start + at_a_time, num_samples))]),
+                               progress)
                  for start in range(0, num_samples, at_a_time)]
     finally:
         model.train(was_training)

@@ -29,8 +29,9 @@ from .plan import LayerPlan, Plan, make_plan
 from .qtensor import QuantizedWeight, digest, raw_bytes, round_to_grid
 from .quant_linear import QuantLinear
 from .quantizer_registry import QuantizerRegistry
+from ..utils.logging import progress
 from ..utils.recipe_keys import read_names
-from .walk import LayerResult, check_finite, quantize_layer, relative_error
+from .walk import LayerResult, check_finite, quantize_layer, relative_error, with_words
 
 # %% ../../nbs/core/in_memory.ipynb #3de44fae
 class ModelSource:
@@ -302,6 +303,7 @@ def calibration_for(
         check_length(found.tokens.shape[1], config, "calibration_data")
         refuse_foreign(found.tokens, 0, text.vocab_size, "calibration_data")
         return found
+    writer = partial(own_text, model, progress=partial(progress, description="writing calibration text", unit="token"))
     length, dataset = window_length(section.get("max_length"), config), section.get("dataset")
     folder = getattr(model, "name_or_path", "") or None
     folder = folder if folder and Path(folder).is_dir() else None
@@ -309,7 +311,7 @@ def calibration_for(
         raise UsageError(f"{name} measures activations and the model does not say which folder its tokenizer is in; "
                          "give calibration_data=load_calibration(None, folder, ...) of llmquant.calibration.data")
     return load_calibration(dataset, folder, text.vocab_size, section.get("num_samples", 100), length,
-                            section.get("seed") or 0, section.get("column"), generate=partial(own_text, model))
+                            section.get("seed") or 0, section.get("column"), generate=writer)
 
 # %% ../../nbs/core/in_memory.ipynb #6e515da0
 def calibrate_model(
@@ -328,7 +330,9 @@ def calibrate_model(
     storage = Storage(model.dtype, str(model.device))
     walk = begin(plan, quantizer, for_model(model, adapter, dtype), found.tokens, section.get("batch_size", 1), storage,
                  suppressors=suppressors)
-    climb(walk, sink, None, partial(adapter.smoothing_pairs, model.config.to_dict()))
+    shown, say = with_words(progress, description="quantizing", unit="block", interval=1)
+    climb(walk, sink, None, partial(adapter.smoothing_pairs, model.config.to_dict()), progress=shown,
+          tell=lambda index, results: say(results))
 
 # %% ../../nbs/core/in_memory.ipynb #7f2d08c8
 def prepare_model(
@@ -408,9 +412,11 @@ def quantize_model(
         if measures:
             calibrate_model(quantizer, model, adapter, plan, found, sections["calibration"], sink, blockwise)
         else:
-            for layer in plan.quantized:
+            shown, say = with_words(progress, description="quantizing")
+            for layer in shown(plan.quantized):
                 quantized, result = quantize_layer(quantizer, layer, source.tensor(f"{layer.name}.weight"), None)
                 sink.put(layer, quantized, result)
+                say([result])
     for suppressor in blockwise: note_suppression(model, suppressor)
     return finish_(model, plan)
 

@@ -27,6 +27,7 @@ from .outlier_sizes import block_sizes, model_sizes
 from .outlier_suppression_registry import check_order
 from .quantizer_registry import BaseQuantizer
 from .walk import check_finite
+from ..utils.logging import progress
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +109,7 @@ def compare_sources(
     "`UsageError` when two decoders are not the same function."
     entries = [decoder.inputs(tokens, len(tokens)) for decoder in (before, after)]
     streams, maxima, worst = [entry.hidden[0] for entry in entries], [{}, {}], 0.
-    for index in range(len(before)):
+    for index in progress(range(len(before)), description=f"{name}: comparing", unit="block"):
         for side, (decoder, entry) in enumerate(zip((before, after), entries)):
             run = partial(entry.call, index, decoder.blocks[index], streams[side])
             try: streams[side], maxima[side] = channel_maxima(decoder.load(index), run)
@@ -201,7 +202,8 @@ def _suppress_blocks(suppressor, planner, model, tokens:Tensor, before:set[str],
     storage = Storage(torch.float32, str(model.device))
     walk = begin(plan, planner, for_model(model, adapter, torch.float32), tokens, 1, storage, suppressors=(suppressor,))
     try:
-        for index in range(len(walk.blocks)): _suppress_block(walk, index, changed)
+        for index in progress(range(len(walk.blocks)), description=suppressor.name, unit="block", interval=1):
+            _suppress_block(walk, index, changed)
     finally: walk.blocks.empty()
 
 # %% ../../nbs/core/suppress.ipynb #543ad334

@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['Source', 'Sink', 'check_finite', 'LayerResult', 'relative_error', 'check_result', 'quantize_layer', 'notes_of_stack',
-           'quantize_stack', 'cast', 'walk']
+           'quantize_stack', 'cast', 'walk', 'worst_of', 'with_words']
 
 # %% ../../nbs/core/walk.ipynb #1ff311fe
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 import torch
 from torch import Tensor
 from .errors import UsageError
+from .memory import resident
 from .names import natural_key
 from .plan import LayerPlan, Plan
 from .qtensor import QuantizedWeight
@@ -178,6 +180,7 @@ def walk(
     sink:Sink,          # Where results go
     device:str="cpu",   # Where to compute
     progress:Callable[[list], Iterable]=iter, # Wraps the list of steps, to show a bar
+    tell:Callable[[list], Any]=lambda results: None, # Hears each layer's result
 ) -> list[LayerResult]: # One per quantized layer, in order
     "Quantize every planned layer and pass on every other tensor."
     layers = {f"{l.name}.weight": l for l in plan.quantized}
@@ -192,4 +195,24 @@ def walk(
         quantized, result = quantize_layer(quantizer, layers[name], tensor, device)
         sink.put(layers[name], quantized, result)
         results.append(result)
+        tell([result])
     return results
+
+# %% ../../nbs/core/walk.ipynb #cc673e81
+def worst_of(
+    results:list[LayerResult], # Of one block, or of one layer
+) -> str:
+    "The layer with the largest error and the memory in use, for progress."
+    memory = f"{resident() / 2**30:.2f} GiB"
+    if not results: return f"left in float, {memory}"
+    worst = max(results, key=lambda r: r.relative_error)
+    return f"{worst.layer.name} error {worst.relative_error:.3f}, {memory}"
+
+def with_words(
+    progress:Callable, # As the Logging page has it
+    **how,             # Its arguments
+) -> tuple[Callable[[list], Iterable], Callable[[list], None]]: # To wrap the steps, and to hear their results
+    "Progress that says of each step what came out worst."
+    words = []
+    def tell(results): words[:] = [worst_of(results)]
+    return partial(progress, state=lambda: "".join(words), **how), tell

@@ -28,6 +28,7 @@ from .proof_config import check_config, check_quantization, check_width, read_re
 from .vllm_check import Answer, Job, ask_vllm_many, has_tokenizer, kl_topk, vllm_installed
 from ..formats.unpackers import read_safetensors, unpack_layer
 from ..loading import PARTS, load, packed_layers
+from ..utils.logging import progress
 
 # %% ../../nbs/evaluation/proof.ipynb #953d8c10
 logger = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ def check_layers(tensors: dict,      # what `read_safetensors` gave
     digests, worst = report["proof"]["digests"], (0.0, "")
     if stray := set(packed_layers(tensors)) ^ set(digests):
         raise ProofError(f"layer {min(stray)}: is quantized in the files or in the report, and not in both")
-    for layer, digest in digests.items():
+    for layer, digest in progress(digests.items(), description="verifying"):
         unpacked = layer_at(tensors, config, report, layer)
         if unpacked.digest() != digest:
             raise ProofError(f"layer {layer}: what is in the files is not what was computed "
@@ -330,6 +331,7 @@ def prove(export: Path, reference: str | Path | None, dtype: str, bound: float |
           quantization: str | None, require_vllm: bool) -> dict:
     "All questions that can be asked here; the parameters are those of `verify`."
     found = {"files": check_files(export, reference)}
+    if vllm_installed(): logger.info("verifying: vLLM loads the export and answers")
     if vllm_installed(): return {**found, "vllm": check_vllm(export, dtype, bound, stock, quantization)}
     if require_vllm:
         raise ProofError("the export: its files are right, but there is no vLLM here to serve it; install vllm")

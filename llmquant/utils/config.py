@@ -244,6 +244,7 @@ class Recipe:
     verify: bool                          # Prove the export
     overwrite: bool                       # Replace an output that exists
     resume: bool                          # Go on with a run that was stopped
+    quiet: bool                           # No progress, no summary
     options: dict[str, Any]               # The method's options, all of them
     suppressor_options: dict[str, Any]    # The suppressors', as NAME.OPTION
     origins: dict[str, str]               # For each key (options.NAME for an option): where its value came from

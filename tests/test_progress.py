@@ -1,0 +1,128 @@
+"""What a run shows while it lasts: a bar on a terminal, lines in a pipe, a bar in a notebook, nothing when quiet."""
+import logging
+import os
+import pty
+import re
+import subprocess
+import sys
+import termios
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import tiny
+import tiny_tokenizer
+import torch
+
+from llmquant import cli, quantize
+from llmquant.utils.logging import setup_logging
+
+ROOT = Path(__file__).parents[1]
+ENV = {key: value for key, value in os.environ.items() if not key.startswith(("TQDM", "HF_HUB_DISABLE"))}
+ENV |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200", "TERM": "dumb"}
+TEXT = ("--set", "calibration.num_samples=2", "--set", "calibration.max_length=32")
+CALIBRATED = ("--method", "gptq", "--bits", "4", "--group-size", "64", *TEXT)
+TIMES = r"\d\d:\d\d elapsed, 00:00 left, +[0-9.?]+\S*"
+WORDS = r"error 0\.\d+, \d+\.\d+ GiB"
+PLAIN = ("--bits", "4", "--group-size", "64")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    "A tiny Llama with a tokenizer."
+    path = tmp_path_factory.mktemp("progress") / "model"
+    tiny.make("llama", path, torch.float16)
+    tiny_tokenizer.save(path)
+    return path
+
+
+def run(*arguments, stderr=subprocess.PIPE):
+    "The command line in a process of its own."
+    return subprocess.run([sys.executable, str(ROOT / "quantize.py"), *map(str, arguments)], text=True, env=ENV,
+                          stdout=subprocess.PIPE, stderr=stderr, timeout=300)
+
+
+def test_lines_in_a_pipe(model, tmp_path):
+    "A model's own text, blocks: lines that can be read and nothing that redraws itself."
+    done = run("--model-path", model, "--output-path", tmp_path / "a", *CALIBRATED, "--set", "calibration.dataset=self")
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert "\r" not in done.stderr and "%|" not in done.stderr, done.stderr
+    assert all(re.match(r"\d\d:\d\d:\d\d INFO llmquant", line) for line in lines), lines
+    assert re.search(rf"writing calibration text token 32 of 32, {TIMES}", lines[1]), lines
+    assert re.search(rf"quantizing block 2 of 2, {TIMES}, model\.layers\.1\.\S+ {WORDS}$", lines[-1]), lines
+
+
+def test_quiet(model, tmp_path, capfd):
+    "Nothing at all, whoever asks for it; the flag in a process of its own."
+    arguments = ["--model-path", str(model), "--output-path", str(tmp_path / "out"), *PLAIN, "--overwrite"]
+    done = run(*arguments, "--quiet")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and (tmp_path / "out/config.json").exists()
+    (tmp_path / "quiet.yaml").write_text("output:\n  quiet: true\n")
+    with restored_logging():
+        assert cli.main([*arguments, "--config", str(tmp_path / "quiet.yaml")]) == 0
+        assert tuple(capfd.readouterr()) == ("", "")
+        setup_logging()
+        quantize(model, tmp_path / "out", bits=4, group_size=64, overwrite=True, quiet=True)
+        assert tuple(capfd.readouterr()) == ("", "")
+        quantize(model, tmp_path / "out", bits=4, group_size=64, overwrite=True)
+        last = capfd.readouterr().err.splitlines()[-1]
+    assert re.search(rf"quantizing tensor (\d+) of \1, {TIMES}, \S+ {WORDS}$", last), last
+
+
+@contextmanager
+def restored_logging():
+    "What `setup_logging` changes is put back."
+    loggers = [logging.getLogger(), logging.getLogger("llmquant")]
+    before = [(each, each.level, list(each.handlers)) for each in loggers]
+    try: yield
+    finally:
+        for each, level, handlers in before: each.level, each.handlers = level, handlers
+        logging.Logger.manager._clear_cache()
+
+
+def test_quiet_still_complains(model, tmp_path, capfd):
+    "Errors are told, and silence contradicts debug messages."
+    paths = ["--model-path", str(model), "--output-path", str(tmp_path / "out")]
+    both = "--verbose and quiet contradict each other; keep one"
+    for flags, says in (["--bits", "5"], "bits"), (["--verbose"], both):
+        with restored_logging(): assert cli.main([*paths, "--quiet", *flags]) == 2
+        said = capfd.readouterr()
+        assert said.out == "" and said.err.startswith("llmquant: error: ") and says in said.err
+        assert said.err.count("\n") == 1
+
+
+def test_bar_on_a_terminal(model, tmp_path):
+    "One bar that is drawn over."
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 200))
+    done = run("--model-path", model, "--output-path", tmp_path / "out", *CALIBRATED, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    try:
+        while part := os.read(ours, 65536): shown += part
+    except OSError: pass # the other end is closed
+    shown = shown.decode()
+    assert done.returncode == 0, shown
+    last = shown.replace("\r\n", "\n").rstrip("\n").rpartition("\r")[2]
+    assert re.search(r"quantizing: 100%.*2/2 .*block.*model\.layers\.1\.\S+ error 0\.\d+, \d+\.\d+ GiB", last), shown
+    assert "elapsed" not in shown
+
+
+def test_bar_in_a_notebook(model, tmp_path):
+    "In a kernel a library call shows a bar, and none where quiet is asked for."
+    import nbclient
+    import nbformat
+    call = (f"import llmquant\nllmquant.quantize({str(model)!r}, {str(tmp_path)!r} + '/%s', 'gptq', bits=4, "
+            "group_size=64, config={'calibration': {'num_samples': 2, 'max_length': 32}}%s);")
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(call % how)
+                                               for how in (("loud", ""), ("quiet", ", quiet=True"))])
+    where = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=where).execute(env=ENV)
+    loud, quiet = notebook.cells
+    assert [output.output_type for output in loud.outputs] == ["display_data"] and quiet.outputs == []
+    assert "0/2" in loud.outputs[0].data["text/plain"]
+    widgets = notebook.metadata.widgets["application/vnd.jupyter.widget-state+json"]["state"].values()
+    words = [widget["state"].get("value") for widget in widgets if widget["model_name"] == "HTMLModel"]
+    last = r"2/2\s.*model\.layers\.1\.\S+\serror\s0\.\d+,\s\d+\.\d+\sGiB"
+    assert any(re.search(last, str(word)) for word in words), words
