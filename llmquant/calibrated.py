@@ -84,7 +84,7 @@ def sample_from(
     "Text that the model writes by itself, drawn token by token from its own distribution."
     at_a_time = windows_at_a_time(recipe, source, max_length)
     from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained(source.path, dtype="auto",
+    model = AutoModelForCausalLM.from_pretrained(bare(source).with_weights(), dtype="auto",
                                                  trust_remote_code=recipe.trust_remote_code).eval()
     tokens = own_text(model, num_samples, max_length, seed, at_a_time,
                       partial(progress, description="writing calibration text", unit="token"))

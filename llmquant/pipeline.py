@@ -17,7 +17,7 @@ from typing import Any
 import torch, yaml
 from .calibrated import calibrated_carry, calibration_of, identity, length_of, need_of, windows_at_a_time
 from .checkpoint.folders import checked_output, refuse_overlap
-from .checkpoint.source import CheckpointSource, open_checkpoint
+from .checkpoint.source import CheckpointSource, open_any, open_checkpoint
 from .core.errors import UsageError
 from .core.in_memory import adopt, configured, is_adopted
 from .core.memory import MemoryNeed
@@ -141,7 +141,7 @@ def run_in_memory(recipe:Recipe, source:CheckpointSource, quantizer:BaseQuantize
                   **kwargs) -> dict:
     "Load the model, let suppressors and the quantizer edit it, export it."
     from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained(source.path, dtype="auto",
+    model = AutoModelForCausalLM.from_pretrained(source.with_weights(), dtype="auto",
                                                  trust_remote_code=recipe.trust_remote_code).eval()
     model.to(kwargs.pop("device"))
     data = calibration_of(recipe, source) if any(map(is_blockwise, suppressors)) else None
@@ -259,7 +259,7 @@ def info(
     path:str|Path, # A checkpoint or an export
 ) -> dict:         # Plain values
     "What a checkpoint is: architecture, size, dtype, quantization."
-    with closing(CheckpointSource(Path(path))) as source:
+    with closing(open_any(path)) as source:
         config = source.config
         quantization = config.get("quantization_config") or {}
         text = config.get("text_config") or config

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SINGLE', 'INDEX', 'logger', 'SCALES', 'read_json', 'main_dtype', 'CheckpointSource', 'fingerprint', 'GGUFSource',
-           'find_coded', 'open_checkpoint']
+           'find_coded', 'open_checkpoint', 'open_any']
 
 # %% ../../nbs/checkpoint/source.ipynb #b0d39096
 import hashlib
@@ -13,12 +13,16 @@ import logging
 import os
 import re
 import tempfile
+from collections.abc import Callable
+from math import prod
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 
-from .gguf import convert_gguf
-from .shard import TensorInfo, as_bytes, open_shard, read_header, read_tensor
+from .gguf import read_gguf_header
+from .gguf_model import GGUFModel, convert_gguf, write_tokenizer
+from .shard import TensorInfo, as_bytes, open_shard, plan_shard, read_header, read_tensor
 from .side_files import PICKLES, find_side_files
 from ..core.errors import UsageError
 from ..core.names import check_shard, natural_key
@@ -106,12 +110,20 @@ class CheckpointSource:
         name:str, # one of `tensors`
     )->torch.Tensor: # CPU, in the checkpoint's dtype
         "Read one tensor."
-        file = self.tensors[name].file
-        if file not in self._files: self._files[file] = open_shard(self.path / file)
-        tensor = read_tensor(self._files[file], self.tensors[name])
+        tensor = self._read(name)
         if self.digests is not None and name not in self.digests:
             self.digests[name] = hashlib.sha256(as_bytes(tensor)).hexdigest()
         return tensor
+
+    def _read(self, name:str)->torch.Tensor:
+        "One tensor from its shard."
+        file = self.tensors[name].file
+        if file not in self._files: self._files[file] = open_shard(self.path / file)
+        return read_tensor(self._files[file], self.tensors[name])
+
+    def with_weights(self)->Path:
+        "A folder that a library can load as a whole."
+        return self.path
 
     def files(self)->list: # of Path
         "What must stay while this is read: the folder, what was given, each shard and each side file."
@@ -137,18 +149,92 @@ def fingerprint(
 
 # %% ../../nbs/checkpoint/source.ipynb #dba416a2
 class GGUFSource(CheckpointSource):
-    "A GGUF, unpacked into a temporary folder and read from there."
+    "A GGUF as a checkpoint: its header at once, its tensors one at a time, unpacked to float32."
     def __init__(self,
         path, # of the .gguf file
     ):
-        self._temporary = tempfile.TemporaryDirectory(prefix="llmquant-gguf-")
-        convert_gguf(Path(path), Path(self._temporary.name))
-        super().__init__(self._temporary.name, origin=path)
+        self.origin, self.dtype = Path(path), torch.float32
+        self._temporary, self._filled = tempfile.TemporaryDirectory(prefix="llmquant-gguf-"), set()
+        self._file = self._converted = self.digests = None
+        try:
+            self.model = GGUFModel(read_gguf_header(self.origin), Path(self._temporary.name))
+            self.config = self.model.settings()
+        except BaseException:
+            self._temporary.cleanup()
+            raise
+        shapes = {name: place.shape for name, place in self.model.places.items()}
+        self.tensors = {name: TensorInfo(torch.float32, shapes[name], self.origin.name, 4 * prod(shapes[name]), 0)
+                        for name in sorted(shapes, key=natural_key)}
 
-    def close(self):
-        "Close the files and remove the temporary folder."
-        super().close()
-        self._temporary.cleanup()
+    def files(self)->list: # of Path
+        "What must stay while this is read."
+        return [self.origin]
+
+# %% ../../nbs/checkpoint/source.ipynb #9a1f02c4
+@patch
+def _read(self:GGUFSource, name:str)->torch.Tensor:
+    "One tensor, from the file or, where transformers had to convert the whole model, from what it wrote."
+    if self.model.whole: return self._as_a_whole().tensor(name)
+    if self._file is None: self._file = open_shard(self.origin)
+    return self.model.read(self._file, name)
+
+@patch
+def _as_a_whole(self:GGUFSource)->CheckpointSource:
+    "The checkpoint that transformers made."
+    if self._converted is None:
+        convert_gguf(self.origin, Path(self._temporary.name))
+        self._converted = CheckpointSource(self._temporary.name, origin=self.origin)
+    return self._converted
+
+@patch
+def close(self:GGUFSource):
+    "Close the files and remove the temporary folder."
+    for file in (self._file, self._converted):
+        if file is not None: file.close()
+    self._file = self._converted = None
+    self._temporary.cleanup()
+
+# %% ../../nbs/checkpoint/source.ipynb #4be0c8d7
+@patch
+def _once(self:GGUFSource, what:str, write:Callable):
+    "Write something into the temporary folder, the first time that it is wanted."
+    if what in self._filled: return
+    write(Path(self._temporary.name))
+    self._filled.add(what)
+
+@patch(as_prop=True)
+def path(self:GGUFSource)->Path:
+    "A folder with configuration and tokenizer, and no weights."
+    self._once("tokenizer", self._write_side_files)
+    return Path(self._temporary.name)
+
+@patch(as_prop=True)
+def side_files(self:GGUFSource)->list: # of Path
+    "The tokenizer and what belongs to it."
+    return find_side_files(self.path)
+
+@patch
+def _write_side_files(self:GGUFSource, folder:Path):
+    "Everything but the weights; config.json as this package read it."
+    (folder / "keys.gguf").unlink(missing_ok=True)
+    write_tokenizer(self.origin, folder)
+    if self.model.model.can_generate(): self.model.model.generation_config.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(self.config, indent=2), encoding="utf-8")
+
+@patch
+def with_weights(self:GGUFSource)->Path:
+    "The folder, with the unpacked weights in it."
+    self._once("weights", self._write_weights)
+    return self.path
+
+@patch
+def _write_weights(self:GGUFSource, folder:Path):
+    "All tensors, one after the other."
+    if self.model.whole: return self._as_a_whole()
+    header, _ = plan_shard(SINGLE, [*self.tensors], {name: (i.dtype, i.shape) for name, i in self.tensors.items()})
+    with open(folder / SINGLE, "wb") as file:
+        file.write(header)
+        for name in self.tensors: file.write(as_bytes(self._read(name)))
 
 # %% ../../nbs/checkpoint/source.ipynb #143b0efb
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -265,3 +351,14 @@ def open_checkpoint(
     source = GGUFSource(place) if place.suffix == ".gguf" and place.is_file() else CheckpointSource(place)
     _refuse_unusable(source, trust_remote_code)
     return source
+
+# %% ../../nbs/checkpoint/source.ipynb #51d0aa3e
+def open_any(
+    path, # folder of a checkpoint or an export, .gguf file or its folder
+)->CheckpointSource: # whatever its weights are
+    "Open a model that is only looked at."
+    place = Path(path)
+    if place.is_dir() and not (place / "config.json").exists():
+        ggufs = sorted(place.glob("*.gguf"))
+        if len(ggufs) == 1: place = ggufs[0]
+    return GGUFSource(place) if place.suffix == ".gguf" and place.is_file() else CheckpointSource(place, origin=path)
