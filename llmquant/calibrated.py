@@ -19,6 +19,7 @@ from .calibration.own_text import AT_A_TIME, own_text, window_bytes
 from .calibration.tokens import window_length
 from .checkpoint.source import CheckpointSource, fingerprint
 from .core.block_source import compute_dtype, for_checkpoint
+from .core.block_flow import flow_of
 from .core.decoder_walk import Storage, begin, climb
 from .core.errors import UsageError
 from .core.memory import MemoryNeed, available, fit, give_back, mib, predict, resident
@@ -104,13 +105,15 @@ def need_of(
     "The predicted peak, under the ceiling; `UsageError` when it cannot be held."
     for who in (*filter(is_blockwise, suppressors), *([quantizer] if quantizer.edits_blocks() else [])):
         check_pairs(plan, adapter, who, source)
+    model = adapter.skeleton(source.config)
+    flow_of(model, adapter.get_layers(model)) # a decoder whose blocks cannot be run one by one is refused
     c = recipe.calibration
     tensors = {name: (info.dtype, info.shape) for name, info in source.tensors.items()}
     wanted = {name for who in (quantizer, *suppressors) for name in who.needed_statistics()}
     if any(map(is_blockwise, suppressors)): wanted.add("maxima") # of what they leave, for the report
     need = predict(plan, tensors, adapter.block_of, source.config, c["num_samples"], length_of(recipe, source.config),
                    c["batch_size"], tuple(wanted), source.dtype.itemsize,
-                   adapter.skeleton(source.config).config._attn_implementation or "eager",
+                   model.config._attn_implementation or "eager",
                    searching_of(plan, tensors, adapter, source.config, suppressors))
     return fit(need, recipe.max_memory)
 

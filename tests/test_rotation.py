@@ -145,8 +145,8 @@ def test_each_block_in_the_new_basis(kind, tmp_path):
         hidden = one.hidden[0]
         assert off(two.hidden[0], suppressor.basis()(hidden)) < 1e-6
         for index in range(2):
-            out = one.call(index, plain.load(index), hidden)
-            changed = two.call(index, turned.load(index), suppressor.basis()(hidden))
+            out, _ = one.call(index, plain.load(index), hidden)
+            changed, _ = two.call(index, turned.load(index), suppressor.basis()(hidden))
             assert off(changed, suppressor.basis()(out)) < 1e-5
             plain.empty(), turned.empty()
             hidden = out

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from .activation_scheme import simulate, static_parameters
 from .activations import Activations
 from .block_source import BlockInputs, BlockSource
@@ -58,14 +59,25 @@ class BlockWalk:
 # %% ../../nbs/core/block_walk.ipynb #ae7f1c95
 @patch
 def run(self:BlockWalk, index:int, block:nn.Module, stream:Activations, batch:int) -> Tensor:
-    "One block on one batch; `UsageError` when a finite input gives NaN or infinity."
+    "One block on one batch: its hidden states; `UsageError` when a finite input gives NaN or infinity."
+    return self.pass_through(index, block, stream, batch)[0]
+
+@patch
+def pass_through(self:BlockWalk,
+    index:int, block:nn.Module, # The block, filled
+    stream:Activations,         # Its inputs
+    batch:int,                  # Which
+) -> tuple[Tensor, dict]:       # Hidden states, and what travels beside them
+    "`run`, with everything that the next block is given."
     hidden = stream.get(batch).to(self.blocks.device, self.blocks.dtype)
+    cast = lambda leaf: leaf.to(self.blocks.device, self.blocks.dtype if leaf.is_floating_point() else leaf.dtype)
+    beside = tree_map(lambda leaf: cast(leaf) if isinstance(leaf, Tensor) else leaf, stream.get_beside(batch))
     self.passes += 1 / len(stream)
-    out = self.entry.call(index, block, hidden)
+    out, beside = self.entry.call(index, block, hidden, batch, beside)
     if not torch.isfinite(out.sum()) and not torch.isfinite(out).all():
         raise UsageError(f"block {index} ({self.blocks.names[id(block)]}): batch {batch} of the calibration text gives "
                          "NaN or infinity; look at its weights, or calibrate on another text")
-    return out
+    return out, beside
 
 # %% ../../nbs/core/block_walk.ipynb #65bd19b0
 @patch
@@ -78,7 +90,7 @@ def feed(self:BlockWalk,
 ) -> Activations:        # Its outputs: the next block's inputs
     "Run all calibration text through a block."
     out = out or self.next_activations(name, index + 1)
-    for batch in range(len(stream)): out.put(batch, self.run(index, block, stream, batch))
+    for batch in range(len(stream)): out.put(batch, *self.pass_through(index, block, stream, batch))
     return out
 
 # %% ../../nbs/core/block_walk.ipynb #04a0e2dc
@@ -117,8 +129,8 @@ def measure(self:BlockWalk,
             stats[name].add(inputs, wanted, seen.get(name))
             if name == last and (apart or keep is None): raise Enough
         with watching(leaders, see):
-            out = self.run(index, block, self.stream, batch)
-            if not apart and keep is not None: keep.put(batch, out)
+            given = self.pass_through(index, block, self.stream, batch)
+            if not apart and keep is not None: keep.put(batch, *given)
     for name, found in stats.items():
         if corrects and not apart: found.add_no_error(leaders[name].in_features)
         _check_measured(name, found.finish())
@@ -143,8 +155,8 @@ def _inputs_in_float(self:BlockWalk, index:int, block:nn.Module, leaders:Mapping
         seen[name] = inputs
         if name == last and keep is None: raise Enough
     with _swapped(floats), watching(leaders, see):
-        out = self.run(index, block, self.in_float, batch)
-        if keep is not None: keep.put(batch, out)
+        given = self.pass_through(index, block, self.in_float, batch)
+        if keep is not None: keep.put(batch, *given)
     return seen
 
 # %% ../../nbs/core/block_walk.ipynb #5373c650

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from .activations import Activations
+from .activations import Activations, TensorFile
 from .block_source import BlockSource
 from .block_walk import BlockWalk, grids_of, input_grids
 from .names import natural_key
@@ -38,6 +38,10 @@ class Storage:
         path = None if self.folder is None else Path(self.folder)/f"{stream}-{index}.bin"
         return Activations(self.shapes, self.dtype, self.device, path)
 
+    def arguments(self) -> TensorFile:
+        "A place for arguments of blocks that differ from batch to batch."
+        return TensorFile(None if self.folder is None else Path(self.folder)/"arguments.bin", self.dtype)
+
     def clean(self,
         index:int, # The first unfinished block
     ):
@@ -58,7 +62,7 @@ def begin(
 ) -> BlockWalk:           # In front of the first unfinished block
     "Embed the text, or take up the hidden states behind the last finished block."
     for who in (quantizer, *suppressors): check_statistics(who.needed_statistics(), who.name)
-    entry = blocks.inputs(tokens, batch_size)
+    entry = blocks.inputs(tokens, batch_size, storage.arguments())
     storage.shapes = [tuple(h.shape) for h in entry.hidden]
     start, apart = len(done), bool(done) and done[-1][1]["apart"]
     storage.clean(start)
@@ -156,6 +160,7 @@ def climb(
             journal.finish_block(index, record_of(walk, index, found, edited))
         for activations in used: activations.drop()
         tell(index, [result for _, result in found])
+    walk.entry.file.drop()
     return results
 
 # %% ../../nbs/core/decoder_walk.ipynb #a69d1842

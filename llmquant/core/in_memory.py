@@ -18,6 +18,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from .activation_options import read_activations
+from .block_flow import flow_of
 from .block_source import compute_dtype, for_model
 from .decoder_walk import Storage, begin, climb
 from .errors import UsageError, closest
@@ -406,6 +407,7 @@ def quantize_model(
     torch_dtype = sections["model"].get("torch_dtype", "auto")
     made = lambda: plan_model(quantizer, model, bits, group_size, target_layers, torch_dtype, sections["overrides"])
     plan, adapter, source = made() # a wrong recipe is refused before anything is edited
+    if measures: flow_of(model, adapter.get_layers(model)) # refused before anything is edited
     blockwise = prepare_model(model, sections["suppressors"], calibration_data)
     if sections["suppressors"]: plan, adapter, source = made() # a head may have been untied, biases declared
     with ModuleSink(model, adapter, quantizer.name) as sink:

@@ -108,15 +108,16 @@ def compare_sources(
 ) -> dict[str, float]:                     # Relative differences: the worst block's, and that of the logits
     "`UsageError` when two decoders are not the same function."
     entries = [decoder.inputs(tokens, len(tokens)) for decoder in (before, after)]
-    streams, maxima, worst = [entry.hidden[0] for entry in entries], [{}, {}], 0.
+    streams, maxima, worst = [(entry.hidden[0], {}) for entry in entries], [{}, {}], 0.
     for index in progress(range(len(before)), description=f"{name}: comparing", unit="block"):
         for side, (decoder, entry) in enumerate(zip((before, after), entries)):
-            run = partial(entry.call, index, decoder.blocks[index], streams[side])
+            hidden, beside = streams[side]
+            run = partial(entry.call, index, decoder.blocks[index], hidden, 0, beside)
             try: streams[side], maxima[side] = channel_maxima(decoder.load(index), run)
             finally: decoder.empty()
         if sizes is not None: sizes[index] = block_sizes(*maxima)
-        worst = max(worst, _hold(apart(streams[1], change(streams[0])), f"block {index}", name, source))
-    logits = [decoder.logits(tokens, stream) for decoder, stream in zip((before, after), streams)]
+        worst = max(worst, _hold(apart(streams[1][0], change(streams[0][0])), f"block {index}", name, source))
+    logits = [decoder.logits(tokens, stream) for decoder, stream in zip((before, after), [hidden for hidden, _ in streams])]
     return {"blocks": worst, "logits": _hold(apart(logits[1], logits[0]), "the logits", name, source)}
 
 def _hold(moved:float, where:str, name:str, source) -> float:
