@@ -14,7 +14,7 @@ from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
-import torch, yaml
+import torch
 from .calibrated import calibrated_carry, calibration_of, identity, length_of, need_of, windows_at_a_time
 from .checkpoint.folders import checked_output, refuse_overlap
 from .checkpoint.source import CheckpointSource, open_any, open_checkpoint
@@ -28,6 +28,7 @@ from .core.quantizer_registry import BaseQuantizer, QuantizerRegistry
 from .core.scheme import dtype_name
 from .core.suppress import compare_presented, presented
 from .core.walk import walk, with_words
+from .evaluation.proof_config import read_report
 from .export import REPORT, export_model, write_export
 from .utils.config import Recipe, recipe_to_dict, resolve
 from .utils.logging import progress, quieted
@@ -246,11 +247,8 @@ def count_parameters(
     packed = [n for n in source.tensors if n.rpartition(".")[2] in PACKED]
     plain = sum(prod(i.shape) for n, i in source.tensors.items() if n not in packed)
     if not packed: return plain
-    report = Path(source.path) / REPORT
-    if not report.exists(): return None
-    try: layers = yaml.safe_load(report.read_text(encoding="utf-8"))["layers"]
-    except (yaml.YAMLError, KeyError, TypeError): return None # damaged: verify says how
-    if not isinstance(layers, dict): return None
+    try: layers = read_report(source.path)["layers"]
+    except UsageError: return None # none, or damaged: verify says how
     bytewise = sum(prod(i.shape) for n, i in source.tensors.items() if n.removesuffix(".weight") in layers)
     return plain - bytewise + sum(prod(l["shape"]) for l in layers.values())
 

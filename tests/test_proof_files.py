@@ -153,7 +153,7 @@ def test_damaged_reports(text, folder, tmp_path):
 
 
 def test_damaged_configs(folder, tmp_path):
-    for i, edit in enumerate((lambda c: c.pop("quantization_config"), lambda c: c.update(quantization_config=[1]),
+    for i, edit in enumerate((lambda c: c.pop("quantization_config"),
                               lambda c: c["quantization_config"].pop("quant_method"),
                               lambda c: c["quantization_config"].pop("config_groups"),
                               lambda c: c["quantization_config"].update(config_groups={"group_0": None}),
@@ -161,6 +161,8 @@ def test_damaged_configs(folder, tmp_path):
         export = edited(folder/"compressed_tensors", tmp_path/str(i), edit=edit)
         found = message(UsageError, export, folder/"base")
         assert found.startswith(f"{export/'config.json'}: ") and "not an export of llmquant, or it is damaged" in found
+    odd = edited(folder/"awq", tmp_path/"odd", edit=lambda c: c.update(quantization_config=[1]))
+    assert "config.json: quantization_config is [1], must be a section or null" in message(UsageError, odd)
     for i, text in enumerate(("{", "[]")):
         assert "config.json: " in message(UsageError, edited(folder/"awq", tmp_path/f"t{i}", text=text), folder/"base")
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 from fastcore.basics import patch
 from .errors import UsageError, closest
-from .options import SYMMETRIC, Option, check_value, parse_options
+from .options import SYMMETRIC, Option, check_fields, check_value, parse_options
 
 # %% ../../nbs/core/activation_options.ipynb #0bcba0aa
 TYPES, ACTIVATION_GRANULARITIES = ("int", "float"), ("token", "tensor")
@@ -79,7 +79,7 @@ def from_dict(cls:ActivationScheme,
     values:dict, # What `to_dict` gave
 ) -> ActivationScheme:
     "The scheme that `to_dict` wrote."
-    return cls(**values)
+    return cls(**check_fields(cls, values, "a grid for activations"))
 
 # %% ../../nbs/core/activation_options.ipynb #7b917a98
 @patch

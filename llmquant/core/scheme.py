@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from fastcore.basics import patch
 from .activation_options import TYPES, ActivationScheme
 from .errors import UsageError, closest
+from .options import check_fields
 
 # %% ../../nbs/core/scheme.ipynb #fc101a14
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -158,8 +159,13 @@ def from_dict(cls:QuantScheme,
     values:dict, # What `to_dict` gave
 ) -> QuantScheme:
     "The scheme that `to_dict` wrote."
-    inputs = values.get("activations")
-    return cls(**values | {"scale_dtype": DTYPES[values["scale_dtype"]],
+    values = check_fields(cls, values, "a grid", but=("scale_dtype", "activations"))
+    if missing := [key for key in cls().to_dict() if key not in values]:
+        raise UsageError(f"a grid: lacks {', '.join(missing)}")
+    dtype, inputs = values["scale_dtype"], values.get("activations")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise UsageError(f"a grid: scale_dtype is {dtype!r:.80}, must be one of {', '.join(DTYPES)}")
+    return cls(**values | {"scale_dtype": DTYPES[dtype],
                            "activations": None if inputs is None else ActivationScheme.from_dict(inputs)})
 
 # %% ../../nbs/core/scheme.ipynb #e453780a

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 # %% ../../nbs/models/skeleton.ipynb #fef6dc6b
-from ..core.errors import UsageError, closest
+from ..core.errors import UsageError, closest, library_errors
 from ..core.names import natural_key
 from .sites import (BEYOND, HEAD, OUTSIDE, ROUTERS, LinearSite, head_site, is_matrix, make_site,
                                    module_of, number_of_blocks, split_block)
@@ -57,7 +57,8 @@ def skeleton(
     if type(values) not in AutoModelForCausalLM._model_mapping:
         raise UsageError(f"model type {kind!r} in config.json is no causal language model in transformers; only "
                          "models that AutoModelForCausalLM builds can be quantized")
-    with meta_parameters(): return AutoModelForCausalLM.from_config(values).eval()
+    with library_errors(f"config.json of model type {kind!r}: transformers cannot build the model", "fetch it again"):
+        with meta_parameters(): return AutoModelForCausalLM.from_config(values).eval()
 
 # %% ../../nbs/models/skeleton.ipynb #7641f77f
 def find_blocks(
