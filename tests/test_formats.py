@@ -16,10 +16,12 @@ from llmquant.formats.awq import AWQFormat
 from llmquant.formats.compressed_tensors import CompressedTensorsFormat
 from llmquant.formats.gptq import GPTQFormat
 from llmquant.formats.unpackers import read_safetensors, unpack_layer
+from llmquant.models.served_class import served_table, vllm_folder
 
 HERE = Path(__file__).parent
 CHECK_PYTHON = HERE.parent/".check-venv/bin/python"
-FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"],
+         "in_proj_ba": ["in_proj_b", "in_proj_a"], "in_proj_qkvz": ["in_proj_qkv", "in_proj_z"]}
 
 
 def scheme(bits, symmetric, group=32, **kwargs):
@@ -174,27 +176,33 @@ def test_compressed_tensors_export_loads_in_transformers(tmp_path, bits, symmetr
 # vLLM's rules
 
 def test_vllm_skips_exactly_what_is_left_in_float():
-    "By vLLM's own functions and by vLLM's names: joined q, k, v and lists of experts."
+    """By vLLM's own functions and by vLLM's names: joined q, k, v, the narrow pair of linear attention, and lists of
+    experts. And what was read of its classes' tables is what they say when they are imported."""
     attention = lambda n: [f"model.layers.{n}.self_attn.{p}_proj" for p in "qkvo"]
     mlp = lambda at: [f"{at}.{p}_proj" for p in ("gate", "up", "down")]
     experts = [name for e in range(2) for name in mlp(f"model.layers.11.mlp.experts.{e}")]
-    ignored = ["lm_head", *attention(1), *mlp("model.layers.1.mlp"), "model.layers.11.mlp.gate", *experts]
-    quantized = [*attention(0), *mlp("model.layers.0.mlp"), *attention(10), *mlp("model.layers.10.mlp"), *attention(11),
+    linear = lambda parts: [f"model.layers.12.linear_attn.in_proj_{part}" for part in parts]
+    ignored = ["lm_head", *attention(1), *mlp("model.layers.1.mlp"), "model.layers.11.mlp.gate", *experts, *linear("ba")]
+    quantized = [*attention(0), *linear(("qkv", "z")), *mlp("model.layers.0.mlp"), *attention(10), *mlp("model.layers.10.mlp"), *attention(11),
                  *mlp("model.layers.11.mlp.shared_experts")]
     joined = lambda n: [f"model.layers.{n}.self_attn.qkv_proj", f"model.layers.{n}.self_attn.o_proj"]
     dense = lambda at: [f"{at}.gate_up_proj", f"{at}.down_proj"]
-    expected = {**dict.fromkeys(["lm_head", *joined(1), *dense("model.layers.1.mlp"), "model.layers.11.mlp.gate",
+    expected = {**dict.fromkeys(["lm_head", *linear(["ba"]), *joined(1), *dense("model.layers.1.mlp"), "model.layers.11.mlp.gate",
                                  "model.layers.11.mlp.experts"], False),
-                **dict.fromkeys([*joined(0), *dense("model.layers.0.mlp"), *joined(10), *dense("model.layers.10.mlp"),
+                **dict.fromkeys([*linear(["qkvz"]), *joined(0), *dense("model.layers.0.mlp"), *joined(10), *dense("model.layers.10.mlp"),
                                  *joined(11), *dense("model.layers.11.mlp.shared_experts")], True)}
     formats = CompressedTensorsFormat(), GPTQFormat(), AWQFormat()
     configs = [fmt.quantization_config(scheme(4, True), quantized, ignored, "minmax") for fmt in formats]
     shapes = [(64, 64, 32), (64, 96, 96), (40, 64, 32), (64, 40, -1), (64, 96, 3), (64, 96, -1)]
-    asked = dict(fused=FUSED, names=list(expected), configs={c["quant_method"]: c for c in configs}, shapes=shapes)
+    asked = dict(fused=FUSED, names=list(expected), configs={c["quant_method"]: c for c in configs}, shapes=shapes,
+                 architectures=["LlamaForCausalLM", "Gemma3nForCausalLM", "OPTForCausalLM"])
     done = subprocess.run([sys.executable, str(HERE/"vllm_names.py")], input=json.dumps(asked), capture_output=True,
                           text=True)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout.split("ANSWER")[-1])
+    for name, table in answer["tables"].items():
+        parts = {joined: tuple(names) for joined, names in table.items() if len(names) > 1}
+        assert served_table(vllm_folder(), (name,))[0].joined == parts, name
     assert answer["quantized"] == {config["quant_method"]: expected for config in configs}
     objections = [formats[0].objection(scheme(4, False, group), *shape) for *shape, group in shapes]
     assert answer["kernel"] == [not objection for objection in objections], objections

@@ -1,4 +1,5 @@
-"""Ask vLLM's own functions which modules they would quantize, which shapes its CPU kernel takes; JSON in, JSON out."""
+"""Ask vLLM's own functions which modules they would quantize, which shapes its CPU kernel takes, what
+its classes fuse; JSON in, JSON out."""
 import json
 import sys
 from types import SimpleNamespace
@@ -31,9 +32,15 @@ def kernel_takes(out_features, in_features, group):
     return True
 
 
+def table_of(architecture):
+    from vllm.model_executor.models.registry import ModelRegistry
+    return ModelRegistry._try_load_model_cls(architecture).packed_modules_mapping
+
+
 if __name__ == "__main__":
     asked = json.load(sys.stdin)
     ask = {"gptq": asks_gptq, "awq": asks_awq, "compressed-tensors": asks_compressed_tensors}
     quantized = {method: {name: ask[method](config, name, asked["fused"]) for name in asked["names"]}
                  for method, config in asked["configs"].items()}
-    print("ANSWER" + json.dumps(dict(quantized=quantized, kernel=[kernel_takes(*shape) for shape in asked["shapes"]])))
+    print("ANSWER" + json.dumps(dict(quantized=quantized, kernel=[kernel_takes(*shape) for shape in asked["shapes"]],
+                                     tables={name: table_of(name) for name in asked["architectures"]})))

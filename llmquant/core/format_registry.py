@@ -21,6 +21,7 @@ class BaseFormat:
     "One layout that vLLM reads; subclasses write what raises `NotImplementedError` here."
     name = ""
     containers = ("auto", "dense") # How it can store 2- and 3-bit codes
+    fused: Mapping[str, tuple] = MappingProxyType({}) # vLLM's name of a fused weight to the ends of its parts' names
     def __init__(self,
         container:str="auto", # How 2- and 3-bit codes are stored: "auto", "dense" or "int4"
     ):

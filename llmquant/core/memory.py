@@ -31,12 +31,18 @@ class MemoryNeed:
     in_files: bool = False # Hidden states are kept in files, one batch in memory at a time
     searching: int = 0 # Beside forward passes, by which a suppressor judges
 
+    def worst_moment(self) -> dict[str, int]: # Part to bytes
+        "What is held together when it is most; it adds up to `peak`."
+        always = {"process": self.process} | ({} if self.in_files else {"hidden": self.hidden})
+        running = {"forward": self.forward} | ({"searching": self.searching} if self.searching else {})
+        busy = max(running, {"solving": self.solving}, key=lambda parts: sum(parts.values()))
+        at_work = {"block": self.block, "statistics": self.statistics, **busy}
+        return always | max(at_work, {"reading": self.reading}, key=lambda parts: sum(parts.values()))
+
     @property
     def peak(self) -> int:
         "The worst moment."
-        hidden = 0 if self.in_files else self.hidden
-        at_work = self.block + self.statistics + max(self.forward + self.searching, self.solving)
-        return self.process + hidden + max(at_work, self.reading)
+        return sum(self.worst_moment().values())
 
 # %% ../../nbs/core/memory.ipynb #1a5a67f0
 GROWTH = 24 << 20 # What this process grows by itself: modules that come late, buffers of the matrix library
@@ -190,8 +196,9 @@ def fit(
     if room is None or need.peak <= room: return need
     smaller = replace(need, in_files=True)
     if ceiling is not None and smaller.peak > ceiling:
-        names = ("process", "block", "statistics", "forward", "solving", "reading", *["searching"] * bool(smaller.searching))
-        parts = ", ".join(f"{name} {mib(getattr(need, name))}" for name in names)
-        raise UsageError(f"max_memory {mib(ceiling, up=False)} is too little: this run takes {mib(smaller.peak)} with "
-                         f"its hidden states in files ({parts}); allow that much{_advice(smaller, ceiling)}")
+        parts = smaller.worst_moment()
+        total = sum(-(-size >> 20) for size in parts.values()) # of what is shown, so that it adds up
+        listed = " + ".join(f"{name} {mib(size)}" for name, size in parts.items())
+        raise UsageError(f"max_memory {mib(ceiling, up=False)} is too little: this run takes {total} MiB with its hidden "
+                         f"states in files ({listed}); allow that much{_advice(smaller, ceiling)}")
     return smaller

@@ -7,12 +7,13 @@ __all__ = ['FUSED', 'expert_lists', 'float_experts', 'substring_entries', 'ancho
 
 # %% ../../nbs/formats/names.ipynb #1a62a856
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from ..core.errors import UsageError
 
 # %% ../../nbs/formats/names.ipynb #77511b29
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj"),
-         "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa")}
+         "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"), "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
+         "in_proj_ba": ("in_proj_b", "in_proj_a")}
 
 # %% ../../nbs/formats/names.ipynb #031cbe25
 def expert_lists(
@@ -54,6 +55,7 @@ def substring_entries(
 def anchored_patterns(
     quantized:Iterable[str], # Full names of quantized modules
     ignored:Iterable[str],   # Full names of modules left in float
+    fused:Mapping[str, tuple]=FUSED, # vLLM's name of a fused weight to the ends of its parts' names
 ) -> list[str]:              # Regular expressions that match vLLM's names of `ignored` and no other
     "Patterns for vLLM's regular expressions, which are matched from the start of a name."
     lists = float_experts(quantized, ignored)
@@ -64,7 +66,7 @@ def anchored_patterns(
         leaves.setdefault(parent, []).append(leaf)
     patterns = [rf"^{re.escape(e)}(?:\..*)?$" for e in lists]
     for parent, names in leaves.items():
-        names = names + [joined for joined, parts in FUSED.items() if set(parts) <= set(names)]
+        names = names + [joined for joined, parts in fused.items() if set(parts) <= set(names)]
         prefix = re.escape(parent) + r"\." if parent else ""
         patterns.append(f"^{prefix}(?:{'|'.join(map(re.escape, names))})$")
     return patterns

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 # %% ../../nbs/models/base_adapter.ipynb #b60183ff
 from ..core.errors import UsageError, closest
-from .rotation_sites import common_sites
+from .rotation_sites import COMMON_TYPES, STREAM, common_sites
+from .served_class import FusedTable, served_table, vllm_folder
 from .sites import (TIED, LinearSite, module_of, number_of_blocks, sites_by_names, split_block,
                                    text_config)
 from .skeleton import (assemble, checkpoint_names, find_blocks, module_names, on_disk, saved_state,
@@ -24,15 +25,15 @@ from .skeleton import (assemble, checkpoint_names, find_blocks, module_names, on
 # %% ../../nbs/models/base_adapter.ipynb #1b6a907c
 def group_sites(
     sites: list[LinearSite],             # from linear_sites
-    fused: tuple[tuple[str, ...], ...],  # last parts of names that vLLM fuses
+    fused: tuple[tuple[str, ...], ...],  # ends of names that vLLM fuses
 ) -> list[tuple[str, ...]]:              # module names, one tuple per fused weight
     "The fused weights among `sites`, in order, where at least one member is quantized."
     at, groups = {site.name: site for site in sites}, []
     for site in sites:
-        parent, _, leaf = site.name.rpartition(".")
         for group in fused:
-            names = tuple(f"{parent}.{member}" for member in group)
-            if leaf == group[0] and all(n in at for n in names) and any(at[n].quantize for n in names):
+            parent = f".{site.name}".removesuffix(f".{group[0]}")[1:]
+            names = tuple(f"{parent}.{member}".lstrip(".") for member in group)
+            if site.name == names[0] and all(n in at for n in names) and any(at[n].quantize for n in names):
                 groups.append(names)
     return groups
 
@@ -47,7 +48,8 @@ class Architecture:
     linears: tuple = ()               # names inside a block that are quantized
     floats: dict = {}                 # names inside a block that stay in float -> reason
     needs: tuple = ()                 # what each block must hold, "a|b" for one of them; () means linears
-    fused: tuple = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+    fused: tuple = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"),
+                    ("in_proj_qkv", "in_proj_z"), ("in_proj_b", "in_proj_a")) # what vLLM fuses, for want of a vLLM
     keep: tuple = ("e_score_correction_bias",)  # parts of names of tensors that keep their dtype
     seen: dict = {}                   # configuration and sites that were looked at last
 
@@ -60,7 +62,13 @@ class Architecture:
 
     def fused_groups(self, sites: list) -> list[tuple[str, ...]]: # from linear_sites
         "Module names that vLLM fuses: one scheme, all quantized or none."
-        return group_sites(sites, self.fused)
+        return group_sites(sites, self.fused_table().groups)
+
+    def fused_table(self) -> FusedTable: # of the checkpoint that was looked at last
+        "What vLLM fuses, by its own class where it is installed, else by `fused`."
+        architectures = self.seen.get("config", {}).get("architectures") or ()
+        table, why = served_table(vllm_folder(), tuple(filter(lambda name: isinstance(name, str), architectures)))
+        return table or FusedTable(self.fused, f"the adapter's table; {why}")
 
     def smoothing_pairs(self, config: dict, block: int) -> tuple: # config.json; index -> SmoothingPair, ...
         "Where a block's inputs may be rescaled without changing its function; () where nobody has said."
@@ -83,6 +91,18 @@ def block_of(self:Architecture, name: str) -> int|None: # module or tensor name
 def keep_dtype(self:Architecture, name: str) -> bool: # tensor name
     "Whether a tensor keeps its own dtype whatever the export's is."
     return any(part in name for part in self.keep)
+
+# %% ../../nbs/models/base_adapter.ipynb #fe700dbb
+@patch
+def smoothing_types(self:Architecture) -> tuple[str, ...]: # model types
+    "Model types with smoothing pairs."
+    return self.model_types if type(self).smoothing_pairs is not Architecture.smoothing_pairs else ()
+
+@patch
+def rotation_types(self:Architecture) -> dict[str, str]: # model type -> what can be rotated
+    "Model types of which something can be rotated."
+    if type(self).rotation_sites is not Architecture.rotation_sites: return dict.fromkeys(self.model_types, STREAM)
+    return dict(COMMON_TYPES) if not self.model_types else {}
 
 # %% ../../nbs/models/base_adapter.ipynb #f0de3bb1
 def find_module(

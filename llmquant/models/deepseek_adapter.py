@@ -59,6 +59,10 @@ class DeepSeekAdapter(BaseHuggingFaceAdapter):
         if config.get("model_type") not in self.model_types: return super().rotation_sites(config, shapes)
         return stream_sites(STREAM, config, shapes, value_sites(config, shapes))
 
+    def rotation_types(self) -> dict[str, str]: # model type -> what can be rotated
+        "Latent attention makes values in a Linear that makes keys as well."
+        return super().rotation_types() | dict.fromkeys(("deepseek_v2", "deepseek_v3"), "residual stream")
+
     def get_model_info(self) -> dict:
         "The family's facts, and the numbers of its experts and of the latent attention."
         info, config = super().get_model_info(), self.seen.get("config", {})

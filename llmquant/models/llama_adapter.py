@@ -21,6 +21,7 @@ class LlamaAdapter(BaseHuggingFaceAdapter):
     model_types = ("llama", "mistral", "ministral3", "smollm3", "granite", "hyperclovax", "seed_oss")
     blocks = "model.layers"
     linears = ATTENTION + MLP
+    fused = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
     def smoothing_pairs(self, config: dict, block: int) -> tuple[SmoothingPair, ...]: # config.json; index
         "Norm to q, k, v; v to o; norm to gate, up; up to down."

@@ -31,6 +31,7 @@ class QwenAdapter(BaseHuggingFaceAdapter):
     model_types = ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe")
     blocks = "model.layers"
     linears = ATTENTION + MLP
+    fused = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
     floats = {"mlp.gate": "router: its choice of experts flips with small errors",
               "mlp.shared_expert_gate": "gate of the shared expert: vLLM builds it unquantized",
               "mlp.experts": "routed expert: stays in float in this version"}

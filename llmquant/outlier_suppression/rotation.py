@@ -72,8 +72,10 @@ class RotationSuppressor(BaseOutlierSuppressor):
         return self.rotation
 
     def get_supported_models(self) -> list[str]:
-        "Model families whose adapters know what touches the stream; of those in brackets, values only."
-        return ["llama", "qwen", "deepseek", "gpt_neox", "opt", "gemma", "(olmo2)", "(gemma2)", "(gemma3)", "(glm4)"]
+        "Model types whose adapters know what touches the stream; of those in brackets, values only."
+        adapters = [ModelRegistry.get(name)() for name in ModelRegistry.list_adapters()]
+        known = {kind: what for a in adapters for kind, what in getattr(a, "rotation_types", dict)().items()}
+        return [f"({kind})" if what == "values" else kind for kind, what in sorted(known.items())]
 
 # %% ../../nbs/outlier_suppression/rotation.ipynb #206b4bd4
 def _notes(sites:RotationSites, rotation:Rotation|None, blocks:tuple, values:bool, settings) -> dict:
