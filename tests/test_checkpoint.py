@@ -248,8 +248,12 @@ def test_peak_memory_and_cpu_as_users_have_it(half_a_gigabyte, tmp_path):
 def left(folder): return sorted(path.name for path in folder.iterdir())
 
 
+def ours(folder): (folder / "quantization_report.yaml").write_text("llmquant: 0.1.0\n")
+
+
 OUTPUTS = {
-    "not empty": (lambda f: ((f / "out").mkdir(), (f / "out/x").touch()), "--overwrite", ["out"]),
+    "not empty": (lambda f: ((f / "out").mkdir(), (f / "out/x").touch()), "is not empty; give", ["out"]),
+    "an export": (lambda f: ((f / "out").mkdir(), ours(f / "out")), "or replace it with --overwrite", ["out"]),
     "a file": (lambda f: (f / "out").touch(), "is a file", ["out"]),
     "no folder above": (lambda f: ((f / "out").symlink_to("file/deep"), (f / "file").touch()), "cannot be",
                         ["file", "out"]),
@@ -330,6 +334,7 @@ def test_killed_run_leaves_the_old_export_and_is_cleaned_up(tmp_path, caplog):
     out = tmp_path / "out"
     with ExportWriter(out, layout_of(TENSORS)) as writer:
         for name, tensor in TENSORS.items(): writer.write(name, tensor)
+        writer.write_text("quantization_report.yaml", "llmquant: 0.1.0")
         writer.finish()
         writer.publish()
     child = subprocess.Popen([sys.executable, "-c", KILLED, out], stdout=subprocess.PIPE, text=True)
@@ -340,7 +345,7 @@ def test_killed_run_leaves_the_old_export_and_is_cleaned_up(tmp_path, caplog):
     assert partial.is_dir()  # its process lives
     child.send_signal(signal.SIGKILL)
     child.communicate()
-    assert left(tmp_path) == ["out", partial.name] and len(left(out)) == 2
+    assert left(tmp_path) == ["out", partial.name] and len(left(out)) == 3
     with caplog.at_level("INFO"): ExportWriter(out, layout_of(TENSORS), overwrite=True).discard()
     assert left(tmp_path) == ["out"] and partial.name in caplog.text
 
@@ -349,7 +354,7 @@ def test_killed_run_leaves_the_old_export_and_is_cleaned_up(tmp_path, caplog):
 def test_old_export_comes_back_when_publishing_fails(tmp_path, monkeypatch, fails):
     out = tmp_path / "out"
     out.mkdir()
-    (out / "old").touch()
+    ours(out)
     writer = ExportWriter(out, {}, overwrite=True)
     writer.finish()
     rename = os.rename
@@ -357,19 +362,38 @@ def test_old_export_comes_back_when_publishing_fails(tmp_path, monkeypatch, fail
         if Path(source) == writer.folder: raise OSError(errno.EBUSY, "busy")
         rename(source, target)
     monkeypatch.setattr(os, "rename", refuse)
-    with pytest.raises(UsageError, match="cannot be written .*busy"): writer.publish()
-    assert left(out) == ["old"]
-    assert left(tmp_path) == ["out"]
+    with pytest.raises(UsageError, match="cannot be written .*busy") as caught: writer.publish()
+    assert left(out) == ["quantization_report.yaml"]
+    assert left(tmp_path) == ["out", writer.folder.name]  # the disk refused OUT.failed too: it stays where it is
+    assert caught.value.__notes__ == [f"the export is complete and lies in {writer.folder}"]
 
 
 def test_a_folder_that_appeared_late_is_never_deleted(tmp_path):
-    "Without overwrite, publishing takes a missing or empty folder only; the export is given up."
-    writer = ExportWriter(tmp_path / "out", {})
-    writer.finish()
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/mine").touch()
-    with pytest.raises(UsageError, match="not empty"): writer.publish()
-    assert left(tmp_path) == ["out"] and left(tmp_path / "out") == ["mine"]
+    "Publishing takes a missing or empty folder, or an export that may be replaced; else it stays under OUT.failed."
+    for overwrite in (False, True):
+        if overwrite: ours(tmp_path / "out")
+        writer = ExportWriter(tmp_path / "out", {}, overwrite=overwrite)
+        writer.finish()
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out/mine").touch()
+        (tmp_path / "out/quantization_report.yaml").unlink(missing_ok=True)
+        with pytest.raises(UsageError, match="not empty") as caught: writer.publish()
+        assert caught.value.__notes__ == [f"the export is complete and lies in {writer.folder}"]
+        assert left(tmp_path / "out") == ["mine"] and "model.safetensors.index.json" in left(writer.folder)
+    assert left(tmp_path) == ["out", "out.failed", "out.failed-2"]
+
+
+@pytest.mark.parametrize("holds", [{"letters/mine.txt": ""}, {"quantization_report.yaml": "of: another program\n"},
+                                   {"config.json": "{}", "model.safetensors": ""}, {".hidden": ""}])
+def test_overwrite_is_for_exports_alone(tmp_path, holds):
+    "A folder that holds no report of ours is refused, whatever the flag, and nothing in it is touched."
+    for name, text in holds.items():
+        path = tmp_path / "out" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    with pytest.raises(UsageError, match="holds no export of ours .quantization_report.yaml., and --overwrite replaces"):
+        ExportWriter(tmp_path / "out", layout_of(TENSORS), overwrite=True)
+    assert {name: (tmp_path / "out" / name).read_text() for name in holds} == holds and left(tmp_path) == ["out"]
 
 
 def test_a_users_own_failed_folder_stays(tmp_path):
@@ -378,7 +402,7 @@ def test_a_users_own_failed_folder_stays(tmp_path):
     (tmp_path / "out.failed/mine").touch()
     for _ in range(2):
         writer = ExportWriter(tmp_path / "out", {})
-        writer.write_text("quantization_report.yaml", "")
+        writer.write_text("quantization_report.yaml", "llmquant: 0.1.0")
         writer.reject()
         assert writer.folder.name == "out.failed-2"
     assert left(tmp_path) == ["out.failed", "out.failed-2"] and left(tmp_path / "out.failed") == ["mine"]
@@ -390,9 +414,10 @@ def test_the_model_is_protected(sharded, tmp_path, output):
     (tmp_path / "store").mkdir()
     (sharded / "1.safetensors").rename(tmp_path / "store/blob")
     (sharded / "1.safetensors").symlink_to("../store/blob")
+    if output != "model/out": ours(tmp_path / output)  # else it is refused for that already
     with open_checkpoint(sharded) as source, pytest.raises(UsageError, match="which the export is made from"):
         ExportWriter(tmp_path / output, {}, overwrite=True, protect=source.files())
-    assert (tmp_path / "store/blob").exists() and left(tmp_path) == ["model", "store"]
+    assert (tmp_path / "store/blob").exists() and {*left(tmp_path)} - {"quantization_report.yaml"} == {"model", "store"}
 
 
 @pytest.mark.parametrize("path", ["n" * 300, None, 3, b"bytes"])

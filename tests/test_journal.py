@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import types
@@ -49,6 +50,19 @@ def export(output, stop=lambda block: None, started=None, journal=IDENTITY, **op
         writer.write_json("extra/report.json", writer.journal.done)
         writer.finish()
         stop(BLOCKS)
+        writer.publish()
+
+
+def export_at_once(output, stop=lambda block: None, **options):
+    "The same export by a run that keeps no journal."
+    with ExportWriter(output, LAYOUT, 150, **options) as writer:
+        for name in ("embed.weight", "norm.weight"): writer.write(name, noise(99, LAYOUT[name][1]).to(LAYOUT[name][0]))
+        for block in range(BLOCKS):
+            stop(block)
+            writer.write(f"layers.{block}.codes", torch.full((7, 3), block, dtype=torch.int32))
+            writer.write(f"layers.{block}.scales", torch.full((7,), block, dtype=torch.float16))
+        writer.write_text("quantization_report.yaml", "llmquant: 0\n")
+        writer.finish()
         writer.publish()
 
 
@@ -191,11 +205,15 @@ def interrupted(folder, at=2, error=None, **options):
                          ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("at", [0, 2, BLOCKS])
 def test_whatever_ends_it(tmp_path, reference, error, at):
-    "With finished blocks the folder stays and the error says so; without, nothing is left."
+    "With finished blocks the folder stays and the error says so; without, nothing is left. What is complete has a name."
     error = type(error)(*error.args)
     partial, caught = interrupted(tmp_path, at, error)
     assert caught is error
     if at == 0: assert left(tmp_path) == [] and not hasattr(error, "__notes__")
+    elif at == BLOCKS:
+        assert error.__notes__ == [f"the export is complete and lies in {tmp_path / 'out.failed'}"]
+        assert content(tmp_path / "out.failed") == reference and left(tmp_path) == ["out.failed"]
+        shutil.rmtree(tmp_path / "out.failed")
     else:
         note, = error.__notes__
         assert str(partial) in note and f"{at} finished blocks" in note
@@ -255,6 +273,60 @@ def test_a_living_run_is_left_alone(tmp_path, reference, journal, resume, at):
     assert content(tmp_path) == before
     os.write(go[1], b"x")
     assert ended(child) == 0 and content(tmp_path / "out") == reference and left(tmp_path) == ["out"]
+
+
+TWO_RUNS = {"containers, where every run is process 1": 1, "hosts, where this is no process here": 10**7}
+
+
+@pytest.mark.parametrize("number", TWO_RUNS.values(), ids=TWO_RUNS)
+@pytest.mark.parametrize("first", [export, export_at_once])
+@pytest.mark.parametrize("second", [export, export_at_once])
+def test_two_runs_with_one_process_number(tmp_path, number, first, second, monkeypatch):
+    "A run that lives keeps its folder, whatever its number: the lock counts. The second to publish stays as OUT.failed."
+    monkeypatch.setattr(os, "getpid", lambda: number)
+    ready, go = os.pipe(), os.pipe()
+    def wait(block):
+        if block == 2:
+            os.write(ready[1], b"x")
+            os.read(go[0], 1)
+    child = fork(lambda: first(tmp_path / "out", wait))
+    os.read(ready[0], 1)
+    before, keeps_journal = content(tmp_path), first is export
+    if keeps_journal:
+        with pytest.raises(UsageError, match=f"another run is writing it, in .*out.partial-{number};"):
+            second(tmp_path / "out")
+        assert content(tmp_path) == before
+    else:
+        second(tmp_path / "out")
+        assert {name: data for name, data in content(tmp_path).items() if name in before} == before
+    os.write(go[1], b"x")
+    assert ended(child) == (0 if keeps_journal else 1)
+    assert left(tmp_path) == (["out"] if keeps_journal else ["out", "out.failed"])
+    assert len(content(tmp_path / left(tmp_path)[-1])) == 6
+
+
+def test_threads_of_one_process(tmp_path):
+    "Four runs at once in one process: each has a folder of its own, and one gets the name."
+    barrier, said = threading.Barrier(4), []
+    def run():
+        try: export_at_once(tmp_path / "out", lambda block: block == 1 and barrier.wait(60))
+        except UsageError as error: said.append(error)
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+    assert len(said) == 3 and all("appeared meanwhile" in str(error) for error in said)
+    assert len(content(tmp_path / "out")) == 6 and "out.failed" in left(tmp_path)
+    assert not [name for name in left(tmp_path) if "partial" in name or "journal" in name]
+
+
+def test_folders_that_no_run_has_made_stay(tmp_path):
+    "Names like ours with somebody's files in them, and no lock of a run."
+    for kind in ("partial", "old", "journal"):
+        (tmp_path / f"out.{kind}-7").mkdir()
+        (tmp_path / f"out.{kind}-7/mine").touch()
+    before = left(tmp_path)
+    for overwrite in (False, True): export_at_once(tmp_path / "out", resume=False, overwrite=overwrite)
+    assert left(tmp_path) == ["out", *before] and all((tmp_path / name / "mine").exists() for name in before)
 
 
 def test_a_number_that_somebody_else_has_by_now(tmp_path, reference):

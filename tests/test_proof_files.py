@@ -10,6 +10,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from llmquant.cli import main
 from llmquant.core.errors import ProofError, UsageError
 from llmquant.evaluation import proof
 from llmquant.formats.unpackers import read_safetensors
@@ -255,3 +256,26 @@ def test_a_failed_proof_of_the_pipeline(folder, tmp_path, monkeypatch):
     with pytest.raises(ProofError, match="^the export: its files are right, but there is no vLLM here"):
         quantize(folder/"base", tmp_path/"out", bits=4, group_size=32, verify=True)
     assert sorted(path.name for path in Path(tmp_path).iterdir()) == ["out.failed"]
+
+
+@pytest.mark.parametrize("error", [UsageError("the norm is missing"), RuntimeError("a bug\nof two lines"), OSError(5, "gone"),
+                                   KeyboardInterrupt(2), ProofError("too far"), MemoryError()],
+                         ids=lambda error: type(error).__name__)
+def test_whatever_ends_a_verification_the_export_stays(error, folder, tmp_path, monkeypatch, capsys):
+    "It is complete: it lies under OUT.failed with the reason, the old one is where it was, and the exit status is 1."
+    def fails(*_, **__): raise type(error)(*error.args)
+    verify = proof.verify
+    monkeypatch.setattr("llmquant.pipeline.require_vllm", lambda: None)
+    monkeypatch.setattr(proof, "verify", fails)
+    out = shutil.copytree(folder/"awq", tmp_path/"out")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    status = main(["--model-path", str(folder/"base"), "--output-path", str(out), "--bits", "4", "--group-size", "32",
+                   "--overwrite", "--verify"])
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert status == (130 if isinstance(error, KeyboardInterrupt) else 1)
+    assert f"the export is complete and lies in {out}.failed" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.failed"]
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    report = yaml.safe_load((tmp_path/"out.failed"/"quantization_report.yaml").read_text())
+    assert report["verdict"].startswith("failed: ") and report["verdict"].endswith(" ".join(str(error).split()))
+    assert verify(tmp_path/"out.failed", folder/"base")["files"]["layers"] == len(report["layers"])

@@ -104,7 +104,6 @@ class ExportWriter(ExportFolder):
     ):
         self.shards = Shards(layout, max_shard_bytes)
         super().__init__(output, overwrite, protect, journal, resume)
-        self._finished = False
         if self.journal and self.journal.blocks: return self._go_on()
         self.need_room()
         with self.guarded(): self.shards.create(self.folder)
@@ -116,7 +115,7 @@ class ExportWriter(ExportFolder):
 
     def publish(self):
         "Put the finished folder into place; an older one goes only when the new one is there."
-        if not self._finished: raise LLMQuantError(f"{self.output}: is not finished; call finish() before publish()")
+        if not self.complete: raise LLMQuantError(f"{self.output}: is not finished; call finish() before publish()")
         super().publish()
 
 # %% ../../nbs/checkpoint/writer.ipynb #bf6dec0b
@@ -172,4 +171,4 @@ def finish(self:ExportWriter):
                             f"{', ...' if names[3:] else ''}); every tensor of the layout must be")
     self.write_json("model.safetensors.index.json", self.shards.index())
     with self.guarded(): flush(self.folder)
-    self._finished = True
+    self.complete = True

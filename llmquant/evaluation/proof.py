@@ -324,7 +324,7 @@ def as_known(text: str,     # a message
              export: Path,  # the folder as it is named now
              ) -> str:
     "A message with the folder's name as the user gave it."
-    return text.replace(str(export), re.sub(r"\.partial-\d+$", "", str(export)))
+    return text.replace(str(export), re.sub(r"\.partial-\d+(-\d+)?$", "", str(export)))
 
 # %% ../../nbs/evaluation/proof.ipynb #14fad0fb
 def prove(export: Path, reference: str | Path | None, dtype: str, bound: float | None, stock: bool | None,
