@@ -28,6 +28,7 @@ from .core.outlier_sizes import model_sizes
 from .core.outlier_suppression_registry import is_blockwise
 from .core.plan import Plan
 from .core.suppress import bare
+from .core.text_config import fact
 from .core.walk import LayerResult, with_words
 from .utils.config import Recipe, recipe_to_dict
 from .utils.logging import progress
@@ -48,10 +49,10 @@ def calibration_of(
     source:CheckpointSource, # The model
 ) -> CalibrationData:
     "Read and tokenize what the recipe names."
-    c, text = recipe.calibration, source.config.get("text_config") or source.config
+    c = recipe.calibration
     seed = recipe.seed if c.get("seed") is None else c["seed"]
     length = length_of(recipe, source.config)
-    found = load_calibration(c["dataset"], source.path, text["vocab_size"], c["num_samples"], length, seed,
+    found = load_calibration(c["dataset"], source.path, fact(source.config, "vocab_size"), c["num_samples"], length, seed,
                              c.get("column"), generate=partial(sample_from, recipe, source),
                              trust_remote_code=recipe.trust_remote_code)
     if length < c["max_length"]:
@@ -124,7 +125,7 @@ def searching_of(plan:Plan, tensors:dict, adapter, config:dict, suppressors:tupl
         pairs = [p for block in {l.block for l in plan.quantized} for p in adapter.smoothing_pairs(config, block)]
     grids = [l.scheme.activations for l in plan.quantized]
     static = any(grid and not grid.dynamic and grid.range_rule == "mse" for grid in grids)
-    return searching_bytes(tensors, pairs, (config.get("text_config") or config)["hidden_size"]) + static * RANGES
+    return searching_bytes(tensors, pairs, fact(config, "hidden_size")) + static * RANGES
 
 # %% ../nbs/calibrated.ipynb #1f283a98
 def check_pairs(

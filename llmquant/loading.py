@@ -188,7 +188,8 @@ def load(path: str | Path,                        # an export, a plain checkpoin
         state = float_tensors(source, served_in or (source.dtype if packed_layers(source.tensors) else None))
         with library_errors(f"{path}: transformers cannot make a model of it", "fetch or make it again"):
             with torch.device("meta"):
-                kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+                shell = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            kind, config = type(shell), shell.config # of the language model, where the file describes a wrapper of one
             model, report = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype or source.dtype,
                                                  output_loading_info=True)
     if missing := sorted(report["missing_keys"]):

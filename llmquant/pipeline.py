@@ -27,6 +27,7 @@ from .core.plan import Plan, make_plan, nbytes
 from .core.quantizer_registry import BaseQuantizer, QuantizerRegistry
 from .core.scheme import dtype_name
 from .core.suppress import compare_presented, presented
+from .core.text_config import text_config
 from .core.walk import walk, with_words
 from .evaluation.proof_config import read_report
 from .export import REPORT, export_model, write_export
@@ -67,6 +68,7 @@ def plan_checkpoint(
     adapter = ModelRegistry.for_config(source.config)
     adapter.trust_remote_code = recipe.trust_remote_code
     tensors = {name: (info.dtype, info.shape) for name, info in source.tensors.items()}
+    adapter.check_tensors(source.config, {name: shape for name, (_, shape) in tensors.items()})
     plan = make_plan(adapter, source.config, tensors, source.dtype, quantizer,
                      recipe.bits, recipe.group_size, recipe.layers,
                      recipe.format, recipe.container, recipe.torch_dtype, recipe.overrides)
@@ -260,7 +262,7 @@ def info(
     with closing(open_any(path)) as source:
         config = source.config
         quantization = config.get("quantization_config") or {}
-        text = config.get("text_config") or config
+        text = text_config(config)
         elements = {name: i.nbytes for name, i in source.tensors.items()}
         shown = "quant_method", "format", "llmquant_method", "llmquant_scheme", "llmquant_overrides"
         return {"path": str(path), "model_type": config.get("model_type"),

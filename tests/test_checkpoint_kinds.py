@@ -1,5 +1,6 @@
 """Checkpoints as they are found: what transformers accepts is quantized, what would be misread is refused by name."""
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import tiny
 import tiny_tokenizer
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from llmquant import load, quantize
@@ -122,3 +124,126 @@ def test_a_byte_level_tokenizer_under_another_class_is_read_as_it_is(checkpoints
     windows = [alone.decode(window.tolist()) for window in data.tokens]
     assert "".join(windows) == text[:len("".join(windows))] and all(" bottles, " in window for window in windows)
     assert "gives other ids than tokenizer.json" in caplog.text
+
+
+BLOCK = "model.layers.1."
+WRONG = {
+    "no norm": ({BLOCK + "input_layernorm.weight": None}, "input_layernorm.weight: not in the checkpoint, and LlamaFor"),
+    "a renamed norm": ({BLOCK + "input_layernorm.weight": None, BLOCK + "norm_1.weight": torch.ones(128)},
+                       "input_layernorm.weight: not in the checkpoint"),
+    "no embedding": ({"model.embed_tokens.weight": None}, "tensor model.embed_tokens.weight: not in the checkpoint"),
+    "no head": ({"lm_head.weight": None}, "tensor lm_head.weight: not in the checkpoint.*tie_word_embeddings: true"),
+    "a wide norm": ({BLOCK + "input_layernorm.weight": torch.ones(256)}, r"shape \[256\] in the checkpoint, \[128\] by"),
+    "more rows": ({BLOCK + "mlp.up_proj.weight": torch.ones(320, 128)}, r"shape \[320, 128\] in the checkpoint, \[256, 12"),
+}
+
+
+@pytest.mark.parametrize("method", ["minmax", "gptq"])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_missing_and_misshapen_tensors_are_named(checkpoints, tmp_path, wrong, method):
+    changes, message = WRONG[wrong]
+    base = checkpoints("llama")
+    tensors = {**tensors_of(base), **changes}
+    model = variant(base, tmp_path / "model", {name: t.bfloat16() for name, t in tensors.items() if t is not None})
+    assert re.search(message, refusal(model, method=method, **TEXT))
+
+
+def test_config_of_another_model(checkpoints, tmp_path):
+    model = variant(checkpoints("qwen3"), tmp_path / "model", head_dim=64)
+    assert re.search(r"q_proj.weight: shape \[128, 128\] in the checkpoint, \[256, 128\] by config.json", refusal(model))
+
+
+def digests(folder: Path) -> list:
+    "Codes, scales and zeros of each layer, in order."
+    return [*yaml.safe_load((folder / "quantization_report.yaml").read_text())["proof"]["digests"].values()]
+
+
+@pytest.mark.parametrize("kind, prefix", [("llama", "model."), ("opt", "model."), ("qwen3_moe", "model."),
+                                          ("gpt_neox", "gpt_neox.")])
+@pytest.mark.parametrize("method", ["minmax", "gptq"])
+def test_names_without_the_prefix(checkpoints, tmp_path, kind, prefix, method):
+    "As the base model's class saves them; transformers adds the prefix when it loads, and the codes are the same."
+    base = checkpoints(kind)
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors_of(base).items()}
+    model = variant(base, tmp_path / "model", tensors)
+    quantize(base, tmp_path / "plain", method, **GRID, **TEXT)
+    quantize(model, tmp_path / "out", method, **GRID, **TEXT)
+    assert digests(tmp_path / "out") == digests(tmp_path / "plain")
+    found, plain = load(tmp_path / "out").state_dict(), load(tmp_path / "plain").state_dict()
+    assert all(found[name].equal(plain[name]) for name in plain)
+    assert {name.removeprefix(prefix) for name in tensors_of(tmp_path / "plain")} == tensors_of(tmp_path / "out").keys()
+
+
+SMALL = dict(vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, head_dim=32, max_position_embeddings=512, initializer_range=0.1, bos_token_id=1,
+             eos_token_id=2, tie_word_embeddings=False)
+
+
+def made(config, path: Path, kind=None) -> Path:
+    "A checkpoint with random weights of the class that `kind` (AutoModelForCausalLM) builds."
+    from transformers import AutoModelForCausalLM
+    torch.manual_seed(0)
+    (kind or AutoModelForCausalLM).from_config(config).to(torch.bfloat16).save_pretrained(path)
+    tiny_tokenizer.save(path)
+    return path
+
+
+def test_a_wrapper_saved_whole(tmp_path):
+    "Its model type maps to the class of its language model, whose names lie under another prefix on disk."
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    text = {**SMALL, "linear_num_key_heads": 2, "linear_num_value_heads": 32, "linear_key_head_dim": 32,
+            "linear_value_head_dim": 32, "layer_types": ["linear_attention", "full_attention"]}
+    vision = dict(depth=1, hidden_size=64, intermediate_size=128, num_heads=2, out_hidden_size=128)
+    whole = AutoConfig.for_model("qwen3_5", text_config={**text, "model_type": "qwen3_5_text"}, vision_config=vision)
+    made(whole, tmp_path / "whole", AutoModelForImageTextToText)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "whole").config.model_type == "qwen3_5_text"
+    AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype="auto").save_pretrained(tmp_path / "text")
+    tiny_tokenizer.save(tmp_path / "text")
+    for method in ("minmax", "gptq"):
+        for model in ("whole", "text"): quantize(tmp_path / model, tmp_path / f"{method}-{model}", method, **GRID, **TEXT)
+        assert digests(tmp_path / f"{method}-whole") == digests(tmp_path / f"{method}-text")
+    tensors, out = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "gptq-whole")
+    vision = [name for name in tensors if ".visual." in name]
+    assert len(vision) > 5 and all(out[name].equal(tensors[name]) for name in vision)
+    found, plain = load(tmp_path / "gptq-whole").state_dict(), load(tmp_path / "gptq-text").state_dict()
+    assert all(found[name].equal(plain[name]) for name in plain)
+
+
+def test_keys_and_values_that_sharing_layers_carry(tmp_path):
+    "Gemma 4's later layers read the keys and values of earlier ones; published checkpoints hold projections for them."
+    from transformers import AutoConfig
+    config = AutoConfig.for_model("gemma4_text", **{
+        **SMALL, "num_hidden_layers": 4, "num_kv_shared_layers": 2, "vocab_size_per_layer_input": 512,
+        "hidden_size_per_layer_input": 32, "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "sliding_window": 64, "global_head_dim": 32, "tie_word_embeddings": True})
+    base = made(config, tmp_path / "base")
+    names = [f"model.layers.{layer}.self_attn.{part}_proj.weight" for layer in (2, 3) for part in "kv"]
+    assert not tensors_of(base).keys() & set(names)
+    extra = {name: torch.randn(64, 128).bfloat16() for name in names}
+    model = variant(base, tmp_path / "model", {**tensors_of(base), **extra})
+    quantize(base, tmp_path / "plain", **GRID)
+    quantize(model, tmp_path / "out", **GRID)
+    assert digests(tmp_path / "out") == digests(tmp_path / "plain")
+    assert all(tensors_of(tmp_path / "out")[name].equal(tensor) for name, tensor in extra.items())
+
+
+OTHER_NAMES = {
+    "gpt_bigcode": dict(vocab_size=512, n_embd=128, n_layer=2, n_head=4, n_inner=256, n_positions=512),
+    "granitemoehybrid": {**SMALL, "mamba_n_heads": 32, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 32,
+                         "mamba_expand": 2, "num_local_experts": 0, "shared_intermediate_size": 256,
+                         "layer_types": ["mamba", "attention"]},
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_NAMES)
+def test_config_under_other_names_and_with_infinity(tmp_path, kind):
+    from transformers import AutoConfig, AutoModelForCausalLM
+    model = made(AutoConfig.for_model(kind, **OTHER_NAMES[kind]), tmp_path / "model")
+    text = (model / "config.json").read_text()
+    assert '"hidden_size"' not in text or '"__float__": "Infinity"' in text.replace("Infinity}", '"Infinity"}')
+    quantize(model, tmp_path / "out", "gptq", **GRID, **TEXT)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    was = json.loads(text)
+    assert {key: written[key] for key in was if key not in ("dtype", "quantization_config")} == {
+        key: was[key] for key in was if key != "dtype"}
+    assert AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "out")).config.vocab_size == 512

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import UsageError
+from ..core.text_config import fact, text_config
 
 # %% ../../nbs/calibration/own_text.ipynb #34cc798c
 def draw(
@@ -90,7 +91,7 @@ def window_bytes(
     itemsize: int,  # bytes of a value in the model's dtype
 ) -> int:
     "What one window takes while it is written."
-    text = config.get("text_config") or config
+    text = text_config(config)
     heads = text.get("num_attention_heads") or 1
     width = text.get("head_dim") or -(-(text.get("hidden_size") or 0) // heads)
     if text.get("qk_nope_head_dim"):  # latent attention: every head has keys and values of its own
@@ -99,4 +100,4 @@ def window_bytes(
         pair = 2 * (text.get("num_key_value_heads") or heads) * width
     layers = text.get("num_hidden_layers") or 1
     cache = (layers + 2) * length * pair * itemsize  # a layer's cache is copied when it grows
-    return cache + text["vocab_size"] * (2 * itemsize + 4 * 8)
+    return cache + fact(config, "vocab_size") * (2 * itemsize + 4 * 8)

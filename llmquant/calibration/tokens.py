@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..checkpoint.source import read_json
 from ..core.errors import UsageError, library_errors
+from ..core.text_config import text_config
 
 logger = logging.getLogger(__name__)
 
@@ -202,7 +203,7 @@ def longest_window(
     config: Mapping,  # config.json, parsed
 ) -> int | None:  # None where it does not say
     "How many tokens the model has positions for."
-    text = config.get("text_config") or config
+    text = text_config(config)
     known = next((text[name] for name in _POSITIONS if isinstance(text.get(name), int) and text[name] > 0), None)
     rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
     kind = rope.get("rope_type") or rope.get("type") if isinstance(rope, Mapping) else None

@@ -90,7 +90,7 @@ def for_checkpoint(
     dtype:torch.dtype=torch.float32, # In what
 ) -> BlockSource:
     "The decoder of a checkpoint."
-    model = adapter.skeleton(source.config)
+    model = adapter.skeleton(source.config, getattr(source, "tensors", ()))
     places = adapter.tensor_places(model)
     def read(name, parameter):
         place = places[name]

@@ -16,6 +16,7 @@ from math import prod
 from pathlib import Path
 from .errors import UsageError
 from .plan import Plan
+from .text_config import fact, text_config
 
 # %% ../../nbs/core/memory.ipynb #f29fb9a8
 @dataclass(frozen=True)
@@ -86,8 +87,8 @@ def predict(
     blocks = _elements_by_block(tensors, block_of)
     squares, solving = _statistics(plan, statistics)
     kept = max((prod(s) * _copies(tensors[n][0], d) for n, (d, s) in plan.kept.items()), default=0)
-    streams, text = 2 if "cross" in statistics else 1, config.get("text_config") or config
-    hidden = 2 * streams * windows * length * text["hidden_size"] * bytes_per_value
+    streams, text = 2 if "cross" in statistics else 1, text_config(config)
+    hidden = 2 * streams * windows * length * fact(config, "hidden_size") * bytes_per_value
     return MemoryNeed(process=resident() + GROWTH, block=4 * max(blocks.values(), default=0), statistics=4 * squares,
                       forward=batch_size * forward_bytes(text, plan, length, statistics, attention), solving=4 * solving,
                       reading=kept, hidden=hidden, searching=searching)

@@ -26,6 +26,7 @@ from .names import natural_key
 from .outlier_sizes import block_sizes, model_sizes
 from .outlier_suppression_registry import check_order
 from .quantizer_registry import BaseQuantizer
+from .text_config import fact
 from .walk import check_finite
 from ..utils.logging import progress
 
@@ -141,8 +142,7 @@ def compare_presented(
     turned = [s for s in suppressors if s.scope == "model"]
     found = {s.name: dict(getattr(s, "notes", {})) for s in turned}
     if turned:
-        text = original.config.get("text_config") or original.config
-        tokens = torch.randint(text["vocab_size"], (1, 32), generator=torch.Generator().manual_seed(0))
+        tokens = torch.randint(fact(original.config, "vocab_size"), (1, 32), generator=torch.Generator().manual_seed(0))
         decoders = [for_checkpoint(view, ModelRegistry.for_config(view.config), device) for view in (original, source)]
         names = ", ".join(s.name for s in turned)
         found["change"] = compare_sources(*decoders, tokens, basis_of(turned), names, blocks := {}, original)

@@ -24,6 +24,7 @@ import torch
 from ..checkpoint.source import CheckpointSource, open_checkpoint, read_json
 from ..core.errors import LLMQuantError, ProofError, UsageError
 from ..core.qtensor import raw_bytes
+from ..core.text_config import fact
 from .proof_config import check_config, check_quantization, check_width, read_report
 from .vllm_check import Answer, Job, ask_vllm_many, has_tokenizer, kl_topk, vllm_installed
 from ..formats.unpackers import read_safetensors, unpack_layer
@@ -156,7 +157,7 @@ def teacher_tokens(export: Path,      # folder, with or without a tokenizer
                    length: int = 49,  # tokens in each; one less is predicted
                    ) -> list[list[int]]:
     "Token ids to force."
-    vocabulary = (config.get("text_config") or config)["vocab_size"]
+    vocabulary = fact(config, "vocab_size")
     if not has_tokenizer(export):
         generator = torch.Generator().manual_seed(0)
         return torch.randint(0, vocabulary, (prompts, length), generator=generator).tolist()

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 # %% ../../nbs/models/base_adapter.ipynb #b60183ff
 from ..core.errors import UsageError, closest
+from ..core.text_config import text_config
+from .expected import check_tensors, dense_shapes
 from .rotation_sites import COMMON_TYPES, STREAM, common_sites
 from .served_class import FusedTable, served_table, vllm_folder
-from .sites import (TIED, LinearSite, module_of, number_of_blocks, sites_by_names, split_block,
-                                   text_config)
-from .skeleton import (assemble, checkpoint_names, find_blocks, module_names, on_disk, saved_state,
+from .sites import TIED, LinearSite, module_of, number_of_blocks, sites_by_names, split_block
+from .skeleton import (UNREAD, assemble, checkpoint_names, find_blocks, module_names, on_disk, saved_state,
                                       sites_by_skeleton, skeleton)
 
 # %% ../../nbs/models/base_adapter.ipynb #1b6a907c
@@ -27,8 +28,8 @@ def group_sites(
     sites: list[LinearSite],             # from linear_sites
     fused: tuple[tuple[str, ...], ...],  # ends of names that vLLM fuses
 ) -> list[tuple[str, ...]]:              # module names, one tuple per fused weight
-    "The fused weights among `sites`, in order, where at least one member is quantized."
-    at, groups = {site.name: site for site in sites}, []
+    "The fused weights among `sites`, in order, where at least one member is quantized; what nothing reads is not fused."
+    at, groups = {site.name: site for site in sites if site.reason != UNREAD}, []
     for site in sites:
         for group in fused:
             parent = f".{site.name}".removesuffix(f".{group[0]}")[1:]
@@ -55,7 +56,7 @@ class Architecture:
 
     def linear_sites(self, config: dict, shapes: dict) -> list[LinearSite]: # config.json; tensor name -> shape
         "Every Linear of the checkpoint, in natural order, each with its fate and the reason."
-        by_names = config.get("model_type") in self.model_types
+        by_names = config.get("model_type") in self.model_types and any(n.startswith(f"{self.blocks}.") for n in shapes)
         sites = (sites_by_names if by_names else sites_by_skeleton)(self, config, shapes)
         self.seen = {"config": config, "sites": sites}
         return sites
@@ -184,10 +185,23 @@ class BaseHuggingFaceAdapter(Architecture):
 # %% ../../nbs/models/base_adapter.ipynb #16fda411
 @patch
 def skeleton(self:BaseHuggingFaceAdapter,
-    config: dict, # config.json, parsed
-) -> nn.Module:   # transformers model whose parameters are on the meta device
+    config: dict,     # config.json, parsed
+    names: tuple = (), # of the checkpoint's tensors, which may be other than those that transformers writes
+) -> nn.Module:       # transformers model whose parameters are on the meta device
     "The model that `config` describes, without memory for its weights."
-    return skeleton(config)
+    return skeleton(config, names)
+
+@patch
+def check_tensors(self:BaseHuggingFaceAdapter,
+    config: dict, # config.json, parsed
+    shapes: dict, # tensor name -> shape
+):
+    "`UsageError` for a checkpoint that lacks a tensor or has one in another shape than `config` says."
+    if shapes == dense_shapes(config): return
+    from transformers import CONFIG_MAPPING
+    kind = config.get("model_type")
+    if kind in self.model_types and kind not in CONFIG_MAPPING: return # known to the adapter alone
+    check_tensors(self.skeleton(config, shapes), shapes)
 
 @patch
 def tensor_places(self:BaseHuggingFaceAdapter,

@@ -7,6 +7,7 @@ __all__ = ['ATTENTION', 'MLP', 'LATENT', 'BETWEEN', 'STREAM', 'is_mixture', 'Dee
 
 # %% ../../nbs/models/deepseek_adapter.ipynb #b3c5bcfe
 from ..core.smoothing import SmoothingPair
+from ..core.text_config import text_config
 from .base_adapter import BaseHuggingFaceAdapter
 from .pairs import attention_pairs, dense_mlp_pairs, latent_attention_pairs, mlp_pair
 from .rotation_sites import LLAMA, MLP as MLP_NORM, StreamTable, stream_sites, value_sites, with_experts
@@ -22,8 +23,9 @@ def is_mixture(
     block: int,   # index
 ) -> bool:        # whether the block's MLP is a mixture of experts
     "The first blocks are dense; of the others every `moe_layer_freq`th is a mixture."
-    return (config.get("n_routed_experts") is not None and block >= (config.get("first_k_dense_replace") or 0)
-            and block % (config.get("moe_layer_freq") or 1) == 0)
+    known = text_config(config)
+    return (known.get("n_routed_experts") is not None and block >= (known.get("first_k_dense_replace") or 0)
+            and block % (known.get("moe_layer_freq") or 1) == 0)
 
 # %% ../../nbs/models/deepseek_adapter.ipynb #5c6d8a04
 LATENT = tuple(f"self_attn.{name}" for name in ("q_a_proj", "q_proj", "kv_a_proj_with_mqa", "k_proj", "v_proj"))

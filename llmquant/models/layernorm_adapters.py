@@ -8,6 +8,7 @@ __all__ = ['NEOX', 'QKV', 'OPT', 'NARROW', 'BEHIND', 'GPTNeoXAdapter', 'OPTAdapt
 # %% ../../nbs/models/layernorm_adapters.ipynb #cc226007
 from ..core.rotation import ValueSite
 from ..core.smoothing import SmoothingPair
+from ..core.text_config import text_config
 from .base_adapter import BaseHuggingFaceAdapter
 from .rotation_sites import StreamTable, stream_sites, value_sites
 
@@ -37,8 +38,9 @@ class GPTNeoXAdapter(BaseHuggingFaceAdapter):
     def rotation_sites(self, config: dict, shapes: dict): # config.json; tensor name -> shape; -> RotationSites or None
         "The stream, and values as the last third of each head's rows."
         if config.get("model_type") not in self.model_types: return super().rotation_sites(config, shapes)
-        dim = config["hidden_size"] // config["num_attention_heads"]
-        parts = [f"{self.blocks}.{block}.attention" for block in range(config["num_hidden_layers"])]
+        known = text_config(config)
+        dim = known["hidden_size"] // known["num_attention_heads"]
+        parts = [f"{self.blocks}.{block}.attention" for block in range(known["num_hidden_layers"])]
         values = [ValueSite(f"{p}.query_key_value", f"{p}.dense", dim, 1, 3 * dim, 2 * dim) for p in parts]
         return stream_sites(NEOX, config, shapes, values)
 
@@ -62,18 +64,20 @@ class OPTAdapter(BaseHuggingFaceAdapter):
     def smoothing_pairs(self, config: dict, block: int) -> tuple[SmoothingPair, ...]: # config.json; index
         "Norm to q, k, v; v to out; norm to fc1; fc1 to fc2 through ReLU."
         if config.get("model_type") not in self.model_types: return ()
-        at, dim = f"{self.blocks}.{block}", config["hidden_size"] // config["num_attention_heads"]
+        at, known = f"{self.blocks}.{block}", text_config(config)
+        dim = known["hidden_size"] // known["num_attention_heads"]
         pairs = (SmoothingPair(f"{at}.self_attn.v_proj", (f"{at}.self_attn.out_proj",), dim),)
-        if config.get("do_layer_norm_before", True) and config.get("layer_norm_elementwise_affine", True):
+        if known.get("do_layer_norm_before", True) and known.get("layer_norm_elementwise_affine", True):
             norms = [SmoothingPair(f"{at}.{norm}", tuple(f"{at}.{name}" for name in names))
                      for norm, names in OPT.norms.items()]
             pairs = (norms[0], *pairs, norms[1])
-        if config.get("activation_function", "relu") != "relu": return pairs
+        if known.get("activation_function", "relu") != "relu": return pairs
         return (*pairs, SmoothingPair(f"{at}.fc1", (f"{at}.fc2",)))
 
     def rotation_sites(self, config: dict, shapes: dict): # config.json; tensor name -> shape; -> RotationSites or None
         "The stream, positions included; refused where norms stand behind the sub-layers or embeddings are narrow."
         if config.get("model_type") not in self.model_types: return super().rotation_sites(config, shapes)
-        narrow = config.get("word_embed_proj_dim", config["hidden_size"]) != config["hidden_size"]
-        refusal = BEHIND if not config.get("do_layer_norm_before", True) else NARROW if narrow else ""
+        known = text_config(config)
+        narrow = known.get("word_embed_proj_dim", known["hidden_size"]) != known["hidden_size"]
+        refusal = BEHIND if not known.get("do_layer_norm_before", True) else NARROW if narrow else ""
         return stream_sites(OPT, config, shapes, value_sites(config, shapes, "out_proj"), refusal)

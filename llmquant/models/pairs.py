@@ -7,6 +7,7 @@ __all__ = ['attention_pairs', 'mlp_pair', 'dense_mlp_pairs', 'latent_attention_p
 
 # %% ../../nbs/models/pairs.ipynb #0bc7df2a
 from ..core.smoothing import SmoothingPair
+from ..core.text_config import text_config
 
 # %% ../../nbs/models/pairs.ipynb #8c32e35b
 def attention_pairs(
@@ -14,9 +15,10 @@ def attention_pairs(
     at:str,      # The block, such as "model.layers.3"
 ) -> tuple[SmoothingPair, ...]: # Norm to q, k, v; v to o
     "The pairs of attention with a norm before it."
-    heads = config["num_attention_heads"]
-    values = config.get("num_key_value_heads") or heads
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    known = text_config(config)
+    heads = known["num_attention_heads"]
+    values = known.get("num_key_value_heads") or heads
+    head_dim = known.get("head_dim") or known["hidden_size"] // heads
     part = f"{at}.self_attn"
     return (SmoothingPair(f"{at}.input_layernorm", tuple(f"{part}.{name}_proj" for name in "qkv")),
             SmoothingPair(f"{part}.v_proj", (f"{part}.o_proj",), head_dim, heads // values))
@@ -41,7 +43,7 @@ def latent_attention_pairs(
     at:str,      # The block
 ) -> tuple[SmoothingPair, ...]: # From the block's norm and from the norms of the latent vectors
     "The pairs of DeepSeek's latent attention."
-    part, latent_query = f"{at}.self_attn", config.get("q_lora_rank") is not None
+    part, latent_query = f"{at}.self_attn", text_config(config).get("q_lora_rank") is not None
     first = f"{part}.q_a_proj" if latent_query else f"{part}.q_proj"
     query = (SmoothingPair(f"{part}.q_a_layernorm", (f"{part}.q_b_proj",)),) if latent_query else ()
     return (SmoothingPair(f"{at}.input_layernorm", (first, f"{part}.kv_a_proj_with_mqa")), *query,

@@ -7,6 +7,7 @@ __all__ = ['ATTENTION', 'MLP', 'is_mixture', 'QwenAdapter']
 
 # %% ../../nbs/models/qwen_adapter.ipynb #12d285e5
 from ..core.smoothing import SmoothingPair
+from ..core.text_config import text_config
 from .base_adapter import BaseHuggingFaceAdapter
 from .pairs import attention_pairs, dense_mlp_pairs, mlp_pair
 from .rotation_sites import LLAMA, stream_sites, value_sites, with_experts
@@ -21,8 +22,10 @@ def is_mixture(
     block: int,   # index
 ) -> bool:        # whether the block's MLP is a mixture of experts
     "Which blocks are mixtures is told by three keys."
-    return (config["model_type"].endswith("_moe") and block not in (config.get("mlp_only_layers") or ())
-            and config.get("num_experts", 1) > 0 and (block + 1) % config.get("decoder_sparse_step", 1) == 0)
+    if not config["model_type"].endswith("_moe"): return False
+    known = text_config(config)
+    return (block not in (known.get("mlp_only_layers") or ()) and known.get("num_experts", 1) > 0
+            and (block + 1) % known.get("decoder_sparse_step", 1) == 0)
 
 # %% ../../nbs/models/qwen_adapter.ipynb #6a6f95b0
 class QwenAdapter(BaseHuggingFaceAdapter):

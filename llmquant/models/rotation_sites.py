@@ -10,7 +10,8 @@ __all__ = ['MLP', 'DENSE', 'ATTENTION', 'LLAMA', 'POST_NORM', 'BEHIND', 'STREAM'
 from dataclasses import dataclass
 from ..core.errors import UsageError
 from ..core.rotation import RotationSites, ValueSite
-from .sites import number_of_blocks, split_block, text_config
+from ..core.text_config import text_config
+from .sites import number_of_blocks, split_block
 
 # %% ../../nbs/models/rotation_sites.ipynb #94f64427
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def stream_sites(
                   for block in range(number_of_blocks(config)) for norm in table.norms)
     writers = tuple(name for (_, role), names in sorted(found.items()) if role == "writer" for name in names)
     head = f"{table.head}.weight"
-    tied = head not in shapes or bool(config.get("tie_word_embeddings"))
+    tied = head not in shapes or bool(text_config(config).get("tie_word_embeddings"))
     lacking = [name for name in (*table.embeddings, *(() if tied else (head,))) if name not in shapes]
     if lacking: raise UsageError(f"tensor {lacking[0]}: not in the checkpoint, and a rotation must turn it; "
                                  "fetch the checkpoint again")
