@@ -270,6 +270,7 @@ def register():
     from vllm.model_executor.kernels.linear import register_linear_kernel
     from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
     from vllm.platforms import current_platform
+    if torch.cpu._is_amx_tile_supported(): torch.cpu._init_amx()  # vLLM's 4-bit kernel for AMX does not ask for tiles
     if METHOD in QUANTIZATION_METHODS: return
     register_quantization_config(METHOD)(method_class())
     register_linear_kernel(repack_kernel(), current_platform._enum)
