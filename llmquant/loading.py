@@ -116,7 +116,8 @@ def float_tensors(source: CheckpointSource,           # an export, or a plain ch
     if not layers: return state
     packing, grid = export_format(quantization_config, source.path), partial(scheme_of, quantization_config)
     weights = {f"{layer}.weight": dequantized(source, layer, packing, grid(layer)) for layer in layers}
-    return state | {name: served(name, weight) for name, weight in weights.items()}
+    whole = {f"{layer}.weight" for layer in layers if grid(layer).activations}  # kernels multiply these as integers
+    return state | {name: weight if name in whole else served(name, weight) for name, weight in weights.items()}
 
 # %% ../nbs/loading.ipynb #edef686d
 def input_grids(source: CheckpointSource,  # an export, or a plain checkpoint

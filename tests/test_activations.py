@@ -4,6 +4,7 @@ The exports are written here by hand, weight by weight, so that nothing but grid
 """
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -27,13 +28,13 @@ from llmquant.core.qtensor import round_to_grid
 from llmquant.core.quant_linear import QuantLinear
 from llmquant.core.scheme import QuantScheme
 from llmquant.core.statistics import LayerStats
-from llmquant.evaluation import proof
+from llmquant.evaluation import proof, served_check, served_model
+from llmquant.evaluation.kernels import PER_TOKEN
+from llmquant.evaluation.served_linears import linear_errors, parts_of, place, token_error
 from llmquant.evaluation.vllm_check import Job, ask_vllm_many, child_environment
 from llmquant.loading import load
 
-sys.path.append(str(Path(__file__).resolve().parents[1]/"tools"))
-import engine  # noqa: E402
-
+AMX = torch.cpu._is_amx_tile_supported() and os.environ.get("LLMQUANT_CPU_AMX") != "0"
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 DYNAMIC, ASYMMETRIC = ActivationScheme(), ActivationScheme(symmetric=False)
 STATIC = ActivationScheme(granularity="tensor", dynamic=False)
@@ -163,11 +164,11 @@ def test_linear_error_finds_what_differs(folder):
     gate, up = (model.get_submodule(f"model.layers.1.mlp.{name}_proj") for name in ("gate", "up"))
     with torch.no_grad(): y = torch.cat([gate(x), up(x)], -1)
     name = "model.model.layers.1.mlp.gate_up_proj"
-    facts = {"parts": '{"gate_up_proj": ["gate_proj", "up_proj"]}', "heads": "{}"}
-    assert engine.linear_error(model, ({f"{name}.x": x, f"{name}.y": y}, facts)) <= 1e-7
-    assert 9e-4 < engine.linear_error(model, ({f"{name}.x": x, f"{name}.y": 1.001 * y}, facts)) < 1.1e-3
-    bare = load(folder/"static", torch.float32, activations=False)
-    assert engine.linear_error(bare, ({f"{name}.x": x, f"{name}.y": y}, facts)) > 1e-3
+    def error(model, y): return linear_errors(model, {name: (x, y)}, parts, {}, torch.float32)[name]
+    parts = {"gate_up_proj": ["gate_proj", "up_proj"]}
+    assert error(model, y) <= 1e-7
+    assert 9e-4 < error(model, 1.001 * y) < 1.1e-3
+    assert error(load(folder/"static", torch.float32, activations=False), y) > 1e-3
 
 
 LIBRARY = """
@@ -216,6 +217,9 @@ for name in ("dynamic", "asymmetric", "static", "static_asymmetric"):
     y = torch.empty(len(x), len(weight))
     ops.onednn_scaled_mm(handler, q, y, s, z, adjust, None)
     out[f"{name}.y"] = y
+if torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx():
+    amx = x.bfloat16(), torch.ops._C.convert_weight_packed(weight), scales, None, torch.bfloat16, True
+    out["amx.y"] = torch.ops._C.int8_scaled_mm_with_quant(*amx).float()
 save_file(out, sys.argv[2])
 """
 
@@ -261,12 +265,26 @@ def test_operations_to_the_bit(operations, name, inputs):
     assert error.max() <= 1e-5
 
 
+@needs_vllm
+@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="the int8 kernel for AMX needs a CPU that has it")
+def test_amx_operation(operations):
+    "bfloat16 in, each token by its own maximum, bfloat16 out; without the grid, or with a static scale, far from that."
+    given, said, weight = operations
+    x, dequantized = given["x"].bfloat16().float(), weight.dequantize()
+    def product(x): return (x @ dequantized.T).bfloat16().float()
+    error = token_error(product(simulate(x, DYNAMIC)), said["amx.y"])
+    without, static = (token_error(product(other), said["amx.y"]) for other in (x, simulate(x, STATIC, given["static.scale"])))
+    print(f"simulated {error:.1e}, without grid {without:.1e}, with the static scale {static:.1e}")
+    assert error < 5e-4 and without > 5e-3 and static > 5e-2
+
+
 @pytest.fixture(scope="module")
 def answers(folder):
-    "What a stock vLLM says, in float32, and with the plugin under the method's own name."
-    prompts = proof.teacher_tokens(folder/"dynamic", {"vocab_size": 512})
-    stock = ask_vllm_many([Job(str(folder/name), prompts, "float32") for name in EXPORTS], True)
-    jobs = [Job(str(folder/name), prompts, "float32", "minmax") for name in ("two_groups", "fp8")]
+    "What a stock vLLM says in the dtype that its kernels take, and with the plugin under the method's own name."
+    prompts = served_model.teacher_tokens(folder/"dynamic", {"vocab_size": 512})
+    jobs = [Job(str(folder/name), prompts, "float32", flexible=True, linears=True) for name in EXPORTS]
+    stock = ask_vllm_many(jobs, True)
+    jobs = [Job(str(folder/name), prompts, "float32", "minmax", flexible=True) for name in ("two_groups", "fp8")]
     named = ask_vllm_many(jobs, False)
     return prompts, dict(zip(EXPORTS, stock, strict=True)), named
 
@@ -274,18 +292,92 @@ def answers(folder):
 def divergence(logits, said):
     "Mean KL of vLLM's answer from logits."
     assert not said.error, said.error
-    return proof.divergences(logits, said)[0].mean().item()
+    return served_model.divergences(logits, said)[0].mean().item()
+
+
+def symmetric_integers(name):
+    "Whether the AMX kernel takes the Linears of an export."
+    return EXPORTS[name][0].activations.symmetric and name != "fp8"
 
 
 @needs_vllm
 @pytest.mark.parametrize("name", EXPORTS)
 def test_served(folder, answers, name):
-    "vLLM computes the simulation, and not the model without a grid for activations."
+    "vLLM computes the simulation of the kernel that it took, and not the model without a grid for activations."
     prompts, stock, _ = answers
-    simulated = divergence(proof.forced_logits(load(folder/name, torch.float32), prompts), stock[name])
-    bare = divergence(proof.forced_logits(load(folder/name, torch.float32, activations=False), prompts), stock[name])
-    print(f"{name}: KL {simulated:.2e}, from the model without activation grid {bare:.2e}")
-    assert simulated <= 1e-4 < bare
+    said, export = stock[name], folder/name
+    assert not said.error, said.error
+    figures = served_check.compare(export, prompts, said)
+    bare = load(export, torch.float32, served_in=getattr(torch, said.dtype), activations=False)
+    without = divergence(served_model.forced_logits(bare, prompts), said)
+    print(f"{name}: {said.dtype}, KL {figures['mean_kl']:.2e}, without activation grid {without:.2e}")
+    assert served_check.objection(figures, said.dtype) == ""
+    assert figures["linear_error_without_grid"] > 4 * figures["linear_bound"]
+    if torch.cuda.is_available(): return
+    taken = {PER_TOKEN in kernel for kernel in said.kernels.values()}
+    assert taken == {AMX and symmetric_integers(name)}
+    assert said.dtype == ("bfloat16" if True in taken else "float32")
+    if said.dtype == "float32": assert figures["mean_kl"] <= 1e-4 < without and figures["linear_error"] <= 1e-5
+    assert ("static_scales" in served_check.dropped_scales(json.loads((export/"config.json").read_text()), said)) == (
+        AMX and name in ("static", "two_groups"))
+
+
+@needs_vllm
+@pytest.mark.parametrize("name", ["static", "asymmetric"])
+def test_a_missing_grid_fails(folder, answers, name):
+    "Outputs of the Linears as they would be if vLLM left the inputs as they are."
+    prompts, stock, _ = answers
+    said = stock[name]
+    bare = load(folder/name, torch.float32, served_in=getattr(torch, said.dtype), activations=False)
+    modules = {place(n): module for n, module in bare.named_modules()}
+    def output(n, x): return torch.cat([modules[part](torch.tensor(x)) for part in parts_of(n, said.parts)], -1)
+    with torch.no_grad():
+        missing = {n: (x, output(n, x).to(getattr(torch, said.dtype)).float().numpy()) for n, (x, _) in said.linears.items()}
+    figures = served_check.compare(folder/name, prompts, replace(said, linears=missing))
+    assert "by other inputs than those on its grid" in served_check.objection(figures, said.dtype)
+
+
+@needs_vllm
+@pytest.mark.skipif(not AMX, reason="only a CPU with AMX drops static scales")
+def test_static_scales_are_dropped_there(folder, tmp_path, answers):
+    "The same answers with every static scale eight times as large; where vLLM uses them, another model."
+    prompts, stock, _ = answers
+    def scaled(tensors, config):
+        for name in (n for n in tensors if n.endswith("input_scale")): tensors[name] *= 8
+    other = edited(folder/"static", tmp_path/"x", scaled)
+    said, = ask_vllm_many([Job(str(other), prompts, "float32", flexible=True)], True)
+    assert all(np.array_equal(*pair) for pair in zip(said.logprobs, stock["static"].logprobs, strict=True))
+
+
+DECISIONS = """
+import sys, json
+from llmquant.evaluation.kernels import accepted_dtype, default_is_w4a8, prepare_process
+prepare_process()
+asked = json.loads(sys.argv[1])
+print("ANSWER" + json.dumps([[accepted_dtype(path, dtype), default_is_w4a8(path)] for path, dtype in asked]))
+"""
+
+
+@needs_vllm
+@pytest.mark.skipif(torch.cuda.is_available(), reason="these decisions are the CPU's")
+@pytest.mark.parametrize("amx", "01")
+def test_decisions_on_either_kind_of_cpu(folder, tmp_path, amx):
+    "With vLLM's predicate replaced any machine decides as the other kind; nothing is multiplied."
+    tiny.make("llama", tmp_path/"bf16", torch.bfloat16)
+    tiny.make("deepseek_v3", tmp_path/"latent")
+    names = [*EXPORTS, "base"]
+    asked = [(str(folder/name), "float32" if name in EXPORTS else "float16") for name in names]
+    asked += [(str(tmp_path/"latent"), "float16"), (str(tmp_path/"bf16"), "float16")]
+    environment = child_environment(True) | {"LLMQUANT_CPU_AMX": amx}
+    done = subprocess.run([sys.executable, "-c", DECISIONS, json.dumps(asked)], env=environment, capture_output=True,
+                          text=True, check=True)
+    said = json.loads(done.stdout.partition("ANSWER")[2])
+    dtypes, defaults = (dict(zip([*names, "latent", "bf16"], each)) for each in zip(*said, strict=True))
+    takes = [name for name in EXPORTS if amx == "1" and symmetric_integers(name)]
+    assert {name: dtypes[name] for name in EXPORTS} == {name: "bfloat16" if name in takes else "float32" for name in EXPORTS}
+    assert (dtypes["base"], dtypes["bf16"]) == ("float16", "float16")
+    assert dtypes["latent"] == ("bfloat16" if amx == "1" else "float16")
+    assert defaults["bf16"] == (amx == "1") and not defaults["base"]
 
 
 @needs_vllm
@@ -298,11 +390,17 @@ def test_served_by_name(answers):
 
 
 @needs_vllm
-def test_verify_chooses_float32(folder):
-    "The whole proof, by itself."
+@pytest.mark.parametrize("amx", [pytest.param("", marks=pytest.mark.skipif(not AMX, reason="needs a CPU with AMX")), "0"])
+def test_verify_chooses_the_dtype(folder, monkeypatch, amx):
+    "The whole proof, by itself, with AMX where there is some and without."
+    if amx: monkeypatch.setenv("LLMQUANT_CPU_AMX", amx)
     found = proof.verify(folder/"two_groups", folder/"base")["vllm"]
-    assert (found["dtype"], found["loaded"]) == ("float32" if not torch.cuda.is_available() else "float16", "stock")
+    other = "float16" if torch.cuda.is_available() else "float32"
+    assert (found["dtype"], found["loaded"]) == (other if amx else "bfloat16", "stock")
     assert found["mean_kl"] <= found["bound"] and found["own_noise"] < 1e-3
+    if torch.cuda.is_available(): return
+    assert list(found["kernels"]) == [f"CPUInt8ScaledMMLinearKernel {'onednn_scaled_mm' if amx else PER_TOKEN}"]
+    assert found["linears"] == 8 and ("static_scales" in found) == (not amx)
 
 
 RECIPES = {"static": ({"dynamic": False, "symmetric": False}, {}),

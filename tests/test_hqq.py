@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from llmquant.core.errors import UsageError
 from llmquant.core.quant_linear import QuantLinear
 from llmquant.core.scheme import scheme_for
-from llmquant.evaluation import proof
+from llmquant.evaluation import proof, served_model
 from llmquant.evaluation.vllm_check import Job, ask_vllm_many
 from llmquant.formats.unpackers import read_safetensors, unpack_layer
 from llmquant.loading import load
@@ -164,7 +164,7 @@ with_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason=
 
 @pytest.fixture(scope="module")
 def prompts(folder):
-    return proof.teacher_tokens(folder/"w4", json.loads((folder/"w4"/"config.json").read_text()))
+    return served_model.teacher_tokens(folder/"w4", json.loads((folder/"w4"/"config.json").read_text()))
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +189,7 @@ def test_in_vllm(name, method, stock, folder, answers, prompts):
     assert not answer.error, answer.error
     assert answer.quantization == ("compressed-tensors" if stock else "llmquant")
     model = load(folder/name, torch.float32, served_in=torch.float16)
-    kl, _ = proof.divergences(proof.forced_logits(model, prompts), answer)
+    kl, _ = served_model.divergences(served_model.forced_logits(model, prompts), answer)
     assert kl.mean().item() <= 1e-5
 
 

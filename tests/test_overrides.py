@@ -20,7 +20,7 @@ from llmquant.core.errors import ProofError, UsageError
 from llmquant.core.model_registry import ModelRegistry
 from llmquant.core.qtensor import round_to_grid
 from llmquant.core.scheme import QuantScheme, scheme_of
-from llmquant.evaluation import proof
+from llmquant.evaluation import proof, served_model
 from llmquant.evaluation.vllm_check import Job, ask_vllm_many
 from llmquant.formats.unpackers import read_safetensors, unpack_layer
 from llmquant.loading import load
@@ -241,7 +241,7 @@ STOCK, PLUGIN = ("stock", "awq", "gptq"), ("w4w8", "w3w8")
 @pytest.fixture(scope="module")
 def answers(folder):
     "{(export, door): vLLM's answer}"
-    prompts = proof.teacher_tokens(folder/"base", json.loads((folder/"base"/"config.json").read_text()))
+    prompts = served_model.teacher_tokens(folder/"base", json.loads((folder/"base"/"config.json").read_text()))
     jobs = lambda names, method: [Job(str(folder/name), prompts, quantization=method) for name in names]
     stock = ask_vllm_many(jobs(STOCK, None), stock=True)
     plugin = ask_vllm_many(jobs(PLUGIN, "minmax"))
@@ -255,5 +255,5 @@ def test_vllm_computes_the_same_model(name, door, folder, answers):
     prompts, said = answers
     assert not said[name, door].error, said[name, door].error
     model = load(Path(folder/name), torch.float32, served_in=torch.float16)
-    kl, _ = proof.divergences(proof.forced_logits(model, prompts), said[name, door])
+    kl, _ = served_model.divergences(served_model.forced_logits(model, prompts), said[name, door])
     assert len(kl) == 4 * 48 and kl.mean() <= 1e-4, kl.mean()

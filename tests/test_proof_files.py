@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from llmquant.cli import main
 from llmquant.core.errors import ProofError, UsageError
-from llmquant.evaluation import proof
+from llmquant.evaluation import proof, served_check
+from llmquant.evaluation.vllm_check import Answer
 from llmquant.formats.unpackers import read_safetensors
 from llmquant.loading import load
 from llmquant.pipeline import info, quantize
@@ -243,8 +244,8 @@ def test_paths_that_are_no_export(folder, tmp_path):
 def test_messages_never_name_the_partial_folder(folder, tmp_path, monkeypatch):
     partial = shutil.copytree(folder/"awq", tmp_path/"out.partial-123")
     monkeypatch.setattr(proof, "vllm_installed", lambda: True)
-    refusal = proof.Answer(error=f"OSError: cannot read {partial}/x")
-    monkeypatch.setattr(proof, "ask_vllm_many", lambda jobs, stock: [refusal])
+    refusal = Answer(error=f"OSError: cannot read {partial}/x")
+    monkeypatch.setattr(served_check, "ask_vllm_many", lambda jobs, stock: [refusal])
     found = message(ProofError, partial, folder/"base")
     assert found == "the export: vLLM cannot serve it (OSError: cannot read the export/x)"
     (partial/"config.json").write_text("{")

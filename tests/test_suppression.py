@@ -13,7 +13,8 @@ from llmquant import load, quantize
 from llmquant.core.errors import UsageError
 from llmquant.core.quant_linear import QuantLinear
 from llmquant.core.quantizer_registry import QuantizerRegistry
-from llmquant.evaluation.proof import check_files, forced_logits
+from llmquant.evaluation.proof import check_files
+from llmquant.evaluation.served_model import forced_logits
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
 import matrix  # noqa: E402

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from llmquant.core.errors import LLMQuantError, ProofError
 from llmquant.core.packing import pack_bits, unpack_bits
-from llmquant.evaluation import proof
+from llmquant.evaluation import proof, served_model
 from llmquant.evaluation.vllm_check import Job, ask_vllm_many
 from llmquant.loading import load
 from llmquant.pipeline import quantize
@@ -124,7 +124,7 @@ def acme(folder):
 
 @pytest.fixture(scope="module")
 def prompts(folder):
-    return proof.teacher_tokens(folder/"w4", json.loads((folder/"w4"/"config.json").read_text()))
+    return served_model.teacher_tokens(folder/"w4", json.loads((folder/"w4"/"config.json").read_text()))
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,7 @@ def mean_kl(export, answer, prompts):
     "KL(dequantized reference || vLLM), mean over all positions."
     assert not answer.error, answer.error
     model = load(export, torch.float32, served_in=torch.float16)
-    kl, _ = proof.divergences(proof.forced_logits(model, prompts), answer)
+    kl, _ = served_model.divergences(served_model.forced_logits(model, prompts), answer)
     assert len(kl) == 4 * 48
     return kl.mean().item()
 

@@ -61,7 +61,7 @@ def exported(one, given, bench, folder):
 def dtype_of(out, given):
     "What vLLM serves the export in; the float model as the platform's exports with activation grids."
     from llmquant.checkpoint.source import read_json
-    from llmquant.evaluation.proof import serving_dtype
+    from llmquant.evaluation.served_model import serving_dtype
 
     config = read_json(out / "config.json")
     if given.dtype == "auto" and "quantization_config" not in config:

@@ -26,7 +26,7 @@ import torch
 from ..core.errors import LLMQuantError, UsageError
 from .kernels import (W4A8, accepted_dtype, attention_names, default_is_w4a8, kernel_names,
                                          prepare_process, set_w4a8)
-from .served_linears import listen
+from .served_linears import listen, structure
 
 # %% ../../nbs/evaluation/vllm_check.ipynb #82aa9c07
 def kl_topk(reference_logits: torch.Tensor,  # [positions, vocabulary], any float dtype
@@ -126,9 +126,10 @@ def what_serves(engine, job: Job) -> dict:
     facts = dict(dtype=str(engine.llm_engine.model_config.dtype).removeprefix("torch."),
                  quantization=str(engine.llm_engine.model_config.quantization),
                  kernels=engine.apply_model(kernel_names)[0], attention=engine.apply_model(attention_names)[0])
+    facts["parts"], facts["heads"] = engine.apply_model(structure)[0]
     if not job.linears: return facts
     kept = {}
-    facts["parts"], facts["heads"] = engine.apply_model(partial(listen, kept))[0]
+    engine.apply_model(partial(listen, kept))
     settings = SamplingParams(max_tokens=1, detokenize=False)
     engine.generate([{"prompt_token_ids": job.prompts[0]}], settings, use_tqdm=False)
     return {**facts, "linears": kept}

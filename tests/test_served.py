@@ -1,0 +1,108 @@
+"""Whom a failed verification blames, with a server that is made up: it answers with transformers' own logits, or with wrong
+ones. And what a real server does by default with 4-bit weights on a CPU with AMX.
+"""
+import importlib.util
+import os
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from llmquant.core.errors import ProofError
+from llmquant.evaluation import proof, served_check
+from llmquant.evaluation.kernels import W4A8_PRODUCT
+from llmquant.evaluation.served_model import forced_logits
+from llmquant.evaluation.vllm_check import Answer
+from llmquant.loading import load
+from llmquant.pipeline import quantize
+
+AMX = torch.cpu._is_amx_tile_supported() and os.environ.get("LLMQUANT_CPU_AMX") != "0"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    "A tiny model and its 4-bit export."
+    folder = tmp_path_factory.mktemp("served")
+    base = tiny.make("llama", folder/"base", torch.bfloat16)
+    quantize(base, folder/"w4", bits=4, group_size=32)
+    return folder
+
+
+def server(asked, wrong):
+    "A vLLM whose answers are wrong for some (name of the folder, dtype); it keeps what it was asked in `asked`."
+    def ask(jobs, stock=False):
+        answers = []
+        for job in jobs:
+            name = job.path.rpartition("/")[2]
+            asked.append((name, job.dtype, job.flexible))
+            if job.only_w4a8: answers.append(Answer(skipped=True)); continue
+            model = load(job.path, torch.float32, served_in=getattr(torch, job.dtype))
+            tables = [logits.log_softmax(-1).topk(job.top) for logits in forced_logits(model, job.prompts)]
+            ids = [table.indices.numpy() for table in tables]
+            if (name, job.dtype) in wrong: ids = [np.roll(each, 1, axis=-1) for each in ids]
+            answers.append(Answer(ids, [table.values.numpy() for table in tables], dtype=job.dtype,
+                                  kernels={"model.layers.0.mlp.down_proj": "SomeKernel"}))
+        return answers
+    return ask
+
+
+def verify(folder, monkeypatch, wrong, **more):
+    "What the verification finds with such a server, and what it asked."
+    asked = []
+    monkeypatch.setattr(proof, "vllm_installed", lambda: True)
+    monkeypatch.setattr(served_check, "ask_vllm_many", server(asked, wrong))
+    try: return proof.verify(folder/"w4", folder/"base", **more)["vllm"], asked
+    except ProofError as error: return str(error), asked
+
+
+def test_a_right_export(folder, monkeypatch):
+    found, asked = verify(folder, monkeypatch, ())
+    assert found["dtype"] == "float16" and found["mean_kl"] < 1e-9 and found["kernels"] == {"SomeKernel": 1}
+    assert ("w4", "float16", True) in asked and not any(name == "base" for name, *_ in asked)
+
+
+def test_a_wrong_export(folder, monkeypatch):
+    "The float reference is served in the same way, and is right."
+    found, asked = verify(folder, monkeypatch, {("w4", "float16")})
+    assert found.startswith("the export: vLLM computes another model, mean KL ")
+    assert found.endswith("; the float reference, served in the same way, is right")
+    assert [dtype for name, dtype, _ in asked if name == "base"] == ["float16", "bfloat16", "float32"]
+
+
+def test_a_server_that_is_wrong_in_one_dtype(folder, monkeypatch):
+    "The export is served again in a dtype in which the reference is right, and the result says why."
+    wrong = {("w4", "float16"), ("base", "float16")}
+    found, _ = verify(folder, monkeypatch, wrong)
+    assert found["dtype"] == "bfloat16" and found["mean_kl"] <= found["bound"] and found["own_bfloat16_noise"] > 0
+    assert found["served_again"].startswith("the server: of the float reference, too, vLLM computes another model")
+    text, _ = verify(folder, monkeypatch, wrong, dtype="float16")   # what the user asks for is what is judged
+    assert text.startswith("the server: ") and text.endswith("it is right in bfloat16, so verify in that")
+    text, _ = verify(folder, monkeypatch, wrong | {("w4", "bfloat16")})
+    assert text.startswith("the export: ") and "allowed in bfloat16" in text
+
+
+def test_a_server_that_is_always_wrong(folder, monkeypatch):
+    dtypes = ("float16", "bfloat16", "float32")
+    text, _ = verify(folder, monkeypatch, {(name, dtype) for name in ("w4", "base") for dtype in dtypes})
+    assert "the export is not to blame; no dtype is right here, so verify elsewhere" in text
+
+
+def test_the_bound_in_bfloat16_is_the_references_own_noise(folder, monkeypatch):
+    found, _ = verify(folder, monkeypatch, (), dtype="bfloat16")
+    assert found["bound"] == pytest.approx(max(1e-4, 3 * found["own_bfloat16_noise"]), rel=1e-2)
+    assert 1e-5 < found["own_bfloat16_noise"] < 2e-3
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what a CPU does by default")
+def test_what_a_server_does_by_default(folder):
+    "4-bit weights of a model in bfloat16: 8-bit activations with AMX, and both divergences; nothing to say without."
+    found = proof.verify(folder/"w4", folder/"base")["vllm"]
+    assert found["dtype"] == "float16" and found["mean_kl"] < 1e-5
+    assert not any(W4A8_PRODUCT in kernel for kernel in found["kernels"])
+    assert ("server_default" in found) == AMX
+    if not AMX: return
+    default = found["server_default"]
+    assert default["dtype"] == "bfloat16" and "VLLM_CPU_INT4_W4A8" in default["activations"]
+    assert default["mean_kl_with_1"] > 3 * default["mean_kl_with_0"] > 0
