@@ -35,6 +35,7 @@ from llmquant.evaluation.vllm_check import Job, ask_vllm_many, child_environment
 from llmquant.loading import load
 
 AMX = torch.cpu._is_amx_tile_supported() and os.environ.get("LLMQUANT_CPU_AMX") != "0"
+WITH_AMX = pytest.mark.skipif(not AMX, reason="needs a CPU with AMX")
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 DYNAMIC, ASYMMETRIC = ActivationScheme(), ActivationScheme(symmetric=False)
 STATIC = ActivationScheme(granularity="tensor", dynamic=False)
@@ -273,7 +274,8 @@ def test_amx_operation(operations):
     x, dequantized = given["x"].bfloat16().float(), weight.dequantize()
     def product(x): return (x @ dequantized.T).bfloat16().float()
     error = token_error(product(simulate(x, DYNAMIC)), said["amx.y"])
-    without, static = (token_error(product(other), said["amx.y"]) for other in (x, simulate(x, STATIC, given["static.scale"])))
+    others = x, simulate(x, STATIC, given["static.scale"])
+    without, static = (token_error(product(other), said["amx.y"]) for other in others)
     print(f"simulated {error:.1e}, without grid {without:.1e}, with the static scale {static:.1e}")
     assert error < 5e-4 and without > 5e-3 and static > 5e-2
 
@@ -331,8 +333,8 @@ def test_a_missing_grid_fails(folder, answers, name):
     bare = load(folder/name, torch.float32, served_in=getattr(torch, said.dtype), activations=False)
     modules = {place(n): module for n, module in bare.named_modules()}
     def output(n, x): return torch.cat([modules[part](torch.tensor(x)) for part in parts_of(n, said.parts)], -1)
-    with torch.no_grad():
-        missing = {n: (x, output(n, x).to(getattr(torch, said.dtype)).float().numpy()) for n, (x, _) in said.linears.items()}
+    def served(y): return y.to(getattr(torch, said.dtype)).float().numpy()
+    with torch.no_grad(): missing = {n: (x, served(output(n, x))) for n, (x, _) in said.linears.items()}
     figures = served_check.compare(folder/name, prompts, replace(said, linears=missing))
     assert "by other inputs than those on its grid" in served_check.objection(figures, said.dtype)
 
@@ -374,7 +376,7 @@ def test_decisions_on_either_kind_of_cpu(folder, tmp_path, amx):
     said = json.loads(done.stdout.partition("ANSWER")[2])
     dtypes, defaults = (dict(zip([*names, "latent", "bf16"], each)) for each in zip(*said, strict=True))
     takes = [name for name in EXPORTS if amx == "1" and symmetric_integers(name)]
-    assert {name: dtypes[name] for name in EXPORTS} == {name: "bfloat16" if name in takes else "float32" for name in EXPORTS}
+    for name in EXPORTS: assert dtypes[name] == ("bfloat16" if name in takes else "float32"), name
     assert (dtypes["base"], dtypes["bf16"]) == ("float16", "float16")
     assert dtypes["latent"] == ("bfloat16" if amx == "1" else "float16")
     assert defaults["bf16"] == (amx == "1") and not defaults["base"]
@@ -390,7 +392,7 @@ def test_served_by_name(answers):
 
 
 @needs_vllm
-@pytest.mark.parametrize("amx", [pytest.param("", marks=pytest.mark.skipif(not AMX, reason="needs a CPU with AMX")), "0"])
+@pytest.mark.parametrize("amx", [pytest.param("", marks=WITH_AMX), "0"])
 def test_verify_chooses_the_dtype(folder, monkeypatch, amx):
     "The whole proof, by itself, with AMX where there is some and without."
     if amx: monkeypatch.setenv("LLMQUANT_CPU_AMX", amx)
