@@ -1,4 +1,6 @@
 "What stays in float: projections that no layout can hold and what is fused with them, stacked experts, and the count."
+import ast
+
 import pytest
 import torch
 import yaml
@@ -10,7 +12,7 @@ from llmquant.core.errors import UsageError
 from llmquant.core.model_registry import ModelRegistry
 from llmquant.core.plan import make_plan
 from llmquant.core.quantizer_registry import QuantizerRegistry
-from llmquant.models.served_class import vllm_folder
+from llmquant.models.served_class import module_file, syntax_tree, vllm_folder
 from llmquant.models.skeleton import on_disk, saved_state, skeleton
 
 SMALL = dict(vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
@@ -26,12 +28,15 @@ MODELS = {
     "zamba2": dict(mamba_d_state=16, n_mamba_heads=4, mamba_headdim=64, mamba_ngroups=1, num_mem_blocks=1,
                    layers_block_type=["mamba", "hybrid"] * 2, hybrid_layer_ids=[1, 3]),
 }
+DSA = dict(q_lora_rank=64, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=32, index_topk=16,
+           moe_intermediate_size=64, n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1, index_head_dim=64,
+           first_k_dense_replace=1, n_group=1, topk_group=1, num_key_value_heads=4, index_n_heads=32)
 FEW = {"qwen3_next": "in_proj_ba", "qwen3_5_text": "in_proj_a", "gemma3n_text": "prediction_coefs", "zamba2": "in_proj"}
 
 
-def plan_of(kind, method="minmax", **given):
+def plan_of(kind, method="minmax", values=None, **given):
     "The plan of a model that is never built: configuration, names and shapes."
-    config = AutoConfig.for_model(kind, **{**SMALL, **MODELS.get(kind, {})}).to_dict()
+    config = AutoConfig.for_model(kind, **{**SMALL, **(values or MODELS.get(kind, {}))}).to_dict()
     model = skeleton(config)
     shapes = {name: tuple(t.shape) for name, t in on_disk(model, saved_state(model)).items()}
     config["architectures"] = [type(model).__name__]
@@ -55,6 +60,17 @@ def test_few_rows_stay_in_float(kind):
         odd = layer.out_features % 32 or layer.in_features % 32
         assert odd or any(name in group and group <= set(unfit) for group in fused), layer
     for group in fused: assert group <= set(unfit) or not group & set(unfit), group
+
+
+def test_what_vllm_builds_unquantized():
+    "The indexer of sparse attention reads both of its narrow projections as one float Linear, however many rows they have."
+    plan, _ = plan_of("glm_moe_dsa", values=DSA)
+    left = {l.name.rpartition(".")[2] for l in plan.ignored if l.reason == "vLLM builds it unquantized"}
+    assert left == {"wk", "weights_proj"} and any(l.name.endswith("indexer.wq_b") for l in plan.quantized)
+    if (folder := vllm_folder()) is None: pytest.skip("vLLM is not installed")
+    calls = [node.value for node in ast.walk(syntax_tree(module_file(folder, "vllm.model_executor.models.deepseek_v2")))
+             if isinstance(node, ast.Assign) and getattr(node.targets[0], "attr", "") == "wk_weights_proj"]
+    assert calls and all(ast.unparse(k.value) == "None" for call in calls for k in call.keywords if k.arg == "quant_config")
 
 
 def test_eight_bits_hold_more():
