@@ -6,7 +6,9 @@ import torch
 import yaml
 
 from llmquant import quantize
+from llmquant.core.edited_source import present_edits
 from llmquant.core.errors import UsageError
+from llmquant.core.outlier_suppression_registry import BaseOutlierSuppressor, OutlierSuppressionRegistry
 from llmquant.core.quant_linear import QuantLinear
 from llmquant.core.quantizer_registry import QuantizerRegistry
 from llmquant.utils.config import resolve
@@ -78,3 +80,85 @@ def test_the_report_of_an_export_from_memory_names_suppressors(tmp_path):
     said = yaml.safe_load((tmp_path / "out" / "quantization_report.yaml").read_text())["outlier_suppression"]
     assert list(said) == ["rotation", "smooth_quant"] and said["rotation"]["seed"] == 3
     assert said["rotation"]["residual"] == "Hadamard 128" and said["smooth_quant"]["alpha"] == 0.6
+
+
+@pytest.mark.parametrize("first", [{"quantization": {"activations": {"bits": 8}, "minmax": {"symmetric": True}}},
+                                   {"symmetric": True, "dynamic_range": "mse"}, {"quantization": {"bits": 3}}],
+                         ids=["activations", "options", "bits"])
+def test_a_quantizer_keeps_nothing_of_a_call(first):
+    "The second call of one quantizer gives what the first call of another one gives."
+    used, fresh = (QuantizerRegistry.get("minmax")() for _ in range(2))
+    before = dict(vars(used))
+    used.quantize(tiny.build("llama"), group_size=-1 if "activations" in str(first) else 32, config=first)
+    assert vars(used) == before
+    digests = [{name: m.quantized_weight().digest() for name, m in
+                linears(quantizer.quantize(tiny.build("llama"), bits=4, group_size=32)).items()}
+               for quantizer in (used, fresh)]
+    assert digests[0] == digests[1]
+
+
+def test_what_was_configured_before_the_call_holds_for_it():
+    "`configure` is no call: what it set stays, and a call's options stand in for it once."
+    quantizer = QuantizerRegistry.get("minmax")().configure({"symmetric": True})
+    calls = [quantizer.quantize(tiny.build("llama"), bits=4, group_size=32, config=config)
+             for config in (None, {"symmetric": False}, None)]
+    assert [next(iter(linears(model).values())).scheme.symmetric for model in calls] == [True, False, True]
+
+
+ODD = [{"model": {"device_map": "banana"}}, {"model": {"trust_remote_code": 1}}, {"model": {"torch_dtype": "int8"}},
+       {"model": "cpu"}, {"output": {"format": "xyz"}}, {"output": {"max_shard_size": "much"}},
+       {"output": {"save_format": "bin"}}, {"output": {"overwrite": "yes"}}, {"output": ["format"]},
+       {"quantization": {"layer_wise": 3}}, {"quantization": {"bits": "four"}}, {"quantization": {"group_size": -7}},
+       {"quantization": {"gptq": {"dampening": 1}}}, {"quantization": {"smooth_quant": {"alpha": 1.5}}},
+       {"quantization": {"hqq": [1]}}, {"quantization": {"minmax": {"symmetric": "no"}}}, {"quantization": {"symetric": True}},
+       {"quantization": [4]}, {"quantisation": {"bits": 4}, "quantization": {}}, {"quantization": {"overrides": "all"}}]
+
+
+@pytest.mark.parametrize("config", ODD, ids=str)
+def test_odd_values_are_refused_with_the_recipes_sentence(config):
+    model = tiny.build("llama", layers=1)
+    with pytest.raises(UsageError) as recipe: resolve(config=config)
+    with pytest.raises(UsageError) as memory: QuantizerRegistry.get("minmax")().quantize(model, group_size=32, config=config)
+    assert str(recipe.value) == str(memory.value) and not linears(model)
+
+
+def test_a_verification_that_nobody_would_make_is_refused():
+    with pytest.raises(UsageError, match="^output.verify: true, and this call writes nothing that could be verified"):
+        QuantizerRegistry.get("minmax")().quantize(tiny.build("llama", layers=1), group_size=32,
+                                                   config={"output": {"verify": True}})
+
+
+class Transposing(BaseOutlierSuppressor):
+    "Reverses the order of the MLP's inner channels; all it defines is `present`."
+    def present(self, source, adapter):
+        edits = {name: (lambda read, name=name, axis=int("down" in name): read(name).flip(axis))
+                 for name in source.tensors if ".mlp." in name}
+        return present_edits(source, edits)
+
+
+@pytest.mark.parametrize("scope", ["model", "block"])
+def test_a_suppressor_that_only_presents_works_in_memory_as_on_a_folder(scope, tmp_path):
+    "The same codes, and the model's function in float stays."
+    from transformers import AutoModelForCausalLM
+    OutlierSuppressionRegistry.register("flip", type("Flip", (Transposing,), {"scope": scope}))
+    try:
+        tiny.make("llama", tmp_path / "base")
+        config = {"quantization": {"outlier_suppression": "flip"}}
+        report = quantize(tmp_path / "base", tmp_path / "out", bits=4, group_size=32, config=config)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+        ids = torch.randint(3, 500, (1, 16))
+        logits = model(ids).logits
+        OutlierSuppressionRegistry.get("flip")().apply(model)
+        assert (model(ids).logits - logits).norm() < 1e-5 * logits.norm()
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="auto")
+        found = linears(QuantizerRegistry.get("minmax")().quantize(model, bits=4, group_size=32, config=config))
+        assert {name: m.quantized_weight().digest() for name, m in found.items()} == report["proof"]["digests"]
+        plain = quantize(tmp_path / "base", tmp_path / "plain", bits=4, group_size=32)["proof"]["digests"]
+        assert {n for n, d in plain.items() if d != report["proof"]["digests"][n]} == {n for n in plain if ".mlp." in n}
+    finally: OutlierSuppressionRegistry._registry.classes.pop("flip")
+
+
+def test_a_suppressor_of_the_model_that_edits_blocks_is_refused_when_it_is_registered():
+    kind = type("Odd", (BaseOutlierSuppressor,), {"scope": "model", "apply_to_pair": lambda self, pair, view: None})
+    with pytest.raises(UsageError, match="Odd has scope 'model' and defines neither present nor apply"):
+        OutlierSuppressionRegistry.register("odd", kind)

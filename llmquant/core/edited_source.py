@@ -72,18 +72,19 @@ def shapes_of(
 
 # %% ../../nbs/core/edited_source.ipynb #bfa3b575
 class Originals:
-    "A model's tensors as they were: vectors are kept, matrices are the model's own."
+    "A model's tensors as they were: vectors are kept, matrices are the model's own unless all are to be kept."
     def __init__(self,
         source, # A `ModelSource`
+        whole:bool=False, # Keep everything, for edits that read other matrices than the one they edit
     ):
         self.source, self.config, self.tensors, self.dtype = source, source.config, source.tensors, source.dtype
-        self.vectors = {n: source.tensor(n).clone() for n, s in shapes_of(source).items() if len(s) == 1}
+        self.kept = {n: source.tensor(n).clone() for n, s in shapes_of(source).items() if whole or len(s) == 1}
 
     def tensor(self,
         name:str, # Checkpoint name
     ) -> Tensor:
         "One tensor."
-        return self.vectors[name] if name in self.vectors else self.source.tensor(name)
+        return self.kept[name] if name in self.kept else self.source.tensor(name)
 
 # %% ../../nbs/core/edited_source.ipynb #c5fa1b50
 @torch.no_grad()
@@ -106,12 +107,12 @@ def put_edits_(
 ):
     "Bring an edited checkpoint into the model that it was made from."
     parameters, places = dict(model.named_parameters()), adapter.tensor_places(model)
-    shapes = shapes_of(view)
-    vectors = {name: view.tensor(name) for name in view.edited if len(shapes[name]) == 1}
+    shapes, edited = shapes_of(view), getattr(view, "edited", view.tensors)
+    vectors = {name: view.tensor(name) for name in edited if len(shapes[name]) == 1}
     if head: untie_(model, view.tensor(head))
     for name in parameters.keys() & places.keys():
         parameter, place = parameters[name], places[name]
-        if place is not None and place not in view.edited: continue
+        if place is not None and place not in edited: continue
         value = (adapter.assemble(model, name, tuple(parameter.shape), view.tensor, torch.float32) if place is None
                  else vectors[place] if place in vectors else view.tensor(place))
         parameter.copy_(value)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'check_supported', 'presented', 'bare', 'basis_of', 'apart', 'channel_maxima', 'compare_sources',
-           'compare_presented', 'suppress_model', 'remember']
+           'compare_presented', 'suppress_model', 'remember', 'declare', 'untied_head', 'present_model']
 
 # %% ../../nbs/core/suppress.ipynb #41e8aa76
 import logging
@@ -18,13 +18,14 @@ from .activation_options import ActivationScheme
 from .block_source import BlockSource, for_checkpoint, for_model
 from .block_walk import SAME_FUNCTION
 from .decoder_walk import Storage, begin
+from .edited_source import Originals, put_edits_, shapes_of
 from .errors import UsageError
-from .in_memory import calibration_for, mark_edited, note_suppression, plan_model
+from .in_memory import ModelSource, calibration_for, mark_edited, note_suppression, plan_model
 from .input_groups import watching
 from .model_registry import ModelRegistry
 from .names import natural_key
 from .outlier_sizes import block_sizes, model_sizes
-from .outlier_suppression_registry import check_order
+from .outlier_suppression_registry import check_order, defines, is_blockwise
 from .quantizer_registry import BaseQuantizer
 from .text_config import fact
 from .walk import check_finite
@@ -139,7 +140,7 @@ def compare_presented(
     "Compare the function of two checkpoints; `UsageError` when it changed."
     if source is original: return {}
     changes = {key: value for key, value in source.config.items() if original.config.get(key) != value}
-    turned = [s for s in suppressors if s.scope == "model"]
+    turned = [s for s in suppressors if s.scope == "model" or (defines(s, "present") and not is_blockwise(s))]
     found = {s.name: dict(getattr(s, "notes", {})) for s in turned}
     if turned:
         tokens = torch.randint(fact(original.config, "vocab_size"), (1, 32), generator=torch.Generator().manual_seed(0))
@@ -194,10 +195,19 @@ def remember(
         elif hasattr(model, "edited_tensors"): del model.edited_tensors
     return undo
 
+# %% ../../nbs/core/suppress.ipynb #87d106b4
+def declare(
+    suppressor, # Of scope "block"
+    model,      # A transformers model; edited in place
+):
+    "What must be there before the blocks are edited: parameters that the model lacked, and what is presented."
+    if ensure := getattr(suppressor, "_ensure_vllm_compatibility", None): ensure(model)
+    elif defines(suppressor, "present"): present_model(suppressor, model)
+
 # %% ../../nbs/core/suppress.ipynb #56fc2cfe
 def _suppress_blocks(suppressor, planner, model, tokens:Tensor, before:set[str], changed:list):
     "All blocks of a model; `before`: the names of its tensors, `changed`: filled with old values."
-    if ensure := getattr(suppressor, "_ensure_vllm_compatibility", None): ensure(model)
+    declare(suppressor, model)
     plan, adapter, source = plan_model(planner, model, 8, -1) # biases may be declared by now
     mark_edited(model, set(source.values) - before)
     storage = Storage(torch.float32, str(model.device))
@@ -225,3 +235,42 @@ def _suppress_block(walk, index:int, changed:list):
         changed.append((parameter, parameter.clone()))
         parameter.copy_(value)
     mark_edited(walk.blocks.model, values)
+
+# %% ../../nbs/core/suppress.ipynb #60cb2fd1
+def untied_head(
+    suppressor, # Presents `view`
+    source,     # A model's tensors
+    view,       # The checkpoint that is presented
+) -> str:       # Name of the head's weight when it gets a parameter of its own, else ""
+    "What must be added to a model; `UsageError` for a checkpoint that it cannot become."
+    was, now = shapes_of(source), shapes_of(view)
+    added = [name for name in now if name not in was]
+    untied = source.config.get("tie_word_embeddings") and not view.config.get("tie_word_embeddings")
+    head = added[0] if untied and len(added) == 1 else ""
+    other = [*(name for name in added if name != head), *(name for name in was if now.get(name) != was[name])]
+    known = ("tie_word_embeddings",) if head else ()
+    other += [key for key in {**source.config, **view.config}
+              if source.config.get(key) != view.config.get(key) and key not in known]
+    if not other: return head
+    raise UsageError(f"outlier suppressor {suppressor.name} presents other tensors, shapes or settings than the model's "
+                     f"({', '.join(map(str, other[:3]))}{', ...' if other[3:] else ''}), which a model in memory cannot "
+                     "take; quantize the checkpoint's folder (llmquant.quantize)")
+
+@torch.no_grad()
+def present_model(
+    suppressor, # Defines `present`; configured by defaults when it was not
+    model,      # A transformers model; edited in place
+):              # The same model
+    "Bring the checkpoint that a suppressor presents into a model; before anything is edited, both are compared."
+    if not suppressor.settings: suppressor.configure({})
+    adapter = ModelRegistry.for_config(model.config.to_dict())
+    source = Originals(ModelSource(model, adapter), whole=True) # an edit may read anything
+    check_supported(suppressor, adapter, source.config)
+    view = suppressor.present(source, adapter)
+    head = untied_head(suppressor, source, view)
+    compare_presented(source, view, [suppressor], str(model.device))
+    if view is not source:
+        put_edits_(model, adapter, view, head)
+        mark_edited(model, getattr(view, "edited", view.tensors))
+    note_suppression(model, suppressor)
+    return model
