@@ -33,6 +33,7 @@ from .core.quant_linear import QuantLinear
 from .core.quantizer_registry import QuantizerRegistry
 from .core.scheme import QuantScheme, dtype_name
 from .core.walk import LayerResult, cast
+from .evaluation.kernels import serving_notes
 
 logger = logging.getLogger(__name__)
 
@@ -135,11 +136,13 @@ def make_report(
                              "relative_error": round(r.relative_error, 6), **r.notes} for r in results}
     first = {"verdict": NOT_VERIFIED, "sizes": plan.sizes(), "parameters": plan.parameters(),
              "seconds": facts.get("seconds", {}), "peak_memory_mib": peak_memory_mib()}
+    notes = serving_notes(plan.schemes, plan.dtype)
     return {"llmquant": __version__, **first, "method": plan.method,
             "scheme": plan.scheme.to_dict() if plan.scheme else None,
             "format": {"name": plan.format.name if plan.format else None, "dtype": dtype_name(plan.dtype),
                        "quant_method": plan.quantization_config.get("quant_method")},
-            "fused_by": plan.fused_by, **{key: value for key, value in facts.items() if key not in first},
+            **({"serving": notes} if notes else {}), "fused_by": plan.fused_by,
+            **{key: value for key, value in facts.items() if key not in first},
             "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
             "layers": layers, "left_in_float": _by_reason(plan.ignored),
             "proof": {"digests": {r.layer.name: r.digest for r in results},

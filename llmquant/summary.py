@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 from .core.options import Option
 from .core.outlier_sizes import digits, reached
+from .evaluation.kernels import serving_notes
 
 # %% ../nbs/summary.ipynb #f465b98b
 def aligned(
@@ -122,7 +123,7 @@ def plan_text(
     for reason in dict.fromkeys(l.reason for l in plan.ignored):
         left = [l for l in plan.ignored if l.reason == reason]
         text += f"\nleft in float: {len(left)}, {reason}\n" + aligned(kinds(left), 2)
-    return text
+    return text + "".join(f"\nnote: {note}\n" for note in serving_notes(plan.schemes, plan.dtype))
 
 # %% ../nbs/summary.ipynb #68409b28
 def memory_text(
@@ -193,6 +194,7 @@ def report_text(
     if report.get("peak_memory_mib"): rows.append(("peak memory", _peak_text(report)))
     if text := report.get("calibration"): rows.append(("calibration", _calibration_text(text)))
     rows += _suppression_rows(report.get("outlier_suppression", {}).get("sizes", ()))
+    rows += [("note", note) for note in report.get("serving", ())]
     if report.get("left_out"): rows.append(("left out", ", ".join(report["left_out"])))
     proof = proof_text(report.get("proof", {}))
     unproven = "not proven; run llmquant verify, or quantize with --verify\n"
