@@ -7,11 +7,14 @@ import os
 import numpy as np
 import pytest
 import tiny
+import tiny_tokenizer
 import torch
+import yaml
 
+from llmquant.cli import main
 from llmquant.core.errors import ProofError
 from llmquant.evaluation import proof, served_check
-from llmquant.evaluation.kernels import W4A8_PRODUCT
+from llmquant.evaluation.kernels import STATIC_NOTE, W4A8_NOTE, W4A8_PRODUCT
 from llmquant.evaluation.served_model import forced_logits
 from llmquant.evaluation.vllm_check import Answer
 from llmquant.loading import load
@@ -106,3 +109,30 @@ def test_what_a_server_does_by_default(folder):
     default = found["server_default"]
     assert default["dtype"] == "bfloat16" and "VLLM_CPU_INT4_W4A8" in default["activations"]
     assert default["mean_kl_with_1"] > 3 * default["mean_kl_with_0"] > 0
+
+
+def test_check_and_the_report_say_what_this_machine_serves_otherwise(folder, tmp_path, monkeypatch, capsys):
+    "The sentences come from the predicate, which is replaced here either way."
+    tokens = ["--set", "calibration.num_samples=2", "--set", "calibration.max_length=16"]
+    tiny_tokenizer.save(folder/"base")
+    text = tmp_path/"text.txt"
+    text.write_text("one two three four five six seven. " * 40)
+    rows = {"W4": ["--bits", "4", "--group-size", "32"],
+            "static": ["--set", "quantization.activations.dynamic=false", "--calibration-dataset", str(text), *tokens]}
+    said = {}
+    for amx in "01":
+        monkeypatch.setenv("LLMQUANT_CPU_AMX", amx)
+        for name, options in rows.items():
+            out = tmp_path/f"{name}{amx}"
+            assert main(["check", "--model-path", str(folder/"base"), *options]) == 0
+            checked = capsys.readouterr().out
+            assert main(["--model-path", str(folder/"base"), "--output-path", str(out), *options]) == 0
+            printed = capsys.readouterr().out
+            notes = yaml.safe_load((out/"quantization_report.yaml").read_text()).get("serving", [])
+            said[name, amx] = notes
+            assert all(note in checked and note in printed for note in notes)
+            assert ("note" in checked) == ("note  " in printed) == bool(notes)
+    expected = [] if torch.cuda.is_available() else None
+    assert said["W4", "0"] == said["static", "0"] == []
+    assert said["W4", "1"] == (expected if expected is not None else [W4A8_NOTE])
+    assert said["static", "1"] == (expected if expected is not None else [STATIC_NOTE])
