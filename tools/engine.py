@@ -26,15 +26,20 @@ def generate(engine, prompts, **options):
 
 
 def text(engine, job):
-    "The log-probability of every token but the first of all prompts."
+    "The log-probability of every token but the first of all prompts; dtype, kernels, parts of fused Linears."
     import torch
+
+    from llmquant.evaluation.kernels import kernel_names
+    from llmquant.evaluation.served_linears import structure
 
     outputs = generate(engine, job.prompts, prompt_logprobs=0)
     tables = [
         [entry[token].logprob for token, entry in zip(ids[1:], output.prompt_logprobs[1:], strict=True)]
         for ids, output in zip(job.prompts, outputs, strict=True)
     ]
-    return {"logprobs": torch.tensor(tables, dtype=torch.float64)}, {}
+    facts = {"dtype": str(engine.llm_engine.model_config.dtype).removeprefix("torch."),
+             "kernels": engine.apply_model(kernel_names)[0], "parts": engine.apply_model(structure)[0][0]}
+    return {"logprobs": torch.tensor(tables, dtype=torch.float64)}, {k: json.dumps(v) for k, v in facts.items()}
 
 
 def main(question, folder):

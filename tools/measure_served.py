@@ -9,11 +9,15 @@ The model is SmolLM2-135M-Instruct off its grid in float32 (`llmquant.demo`). Ea
 `perplexity` give the simulated figure, a vLLM without plugins the served one, from its log-probabilities of the same
 tokens: the first 8 windows of 1024 tokens of --text, at 32 windows of 512 tokens of --calibration. The two must lie
 within 2 %. vLLM serves in float32 where all Linears have a grid for activations and the platform is a CPU, else in
-float16, to which the simulation's weights are rounded too; the simulation always computes in float32. Rows are written
+float16, or in what this machine's kernels take instead (bfloat16 for W8A8 on a CPU with AMX); each row names kernels and
+dtype. The simulation's weights are rounded to that dtype and its inputs are put on the grids as those kernels have them; it
+always computes in float32. 4-bit weights keep float activations: VLLM_CPU_INT4_W4A8 is 0 for every figure, which is not
+a server's default on a CPU with AMX. Rows are written
 as they come, one for each platform; a run that was stopped goes on where it was, unless --fresh.
 """
 
 import argparse
+import json
 import re
 import sys
 import tempfile
@@ -69,25 +73,29 @@ def dtype_of(out, given):
     return serving_dtype(config, given.dtype)
 
 
-def simulated(out, dtype, given, bench):
-    "Perplexity here."
+def simulated(out, said, given, bench):
+    "Perplexity here, with the kernels that vLLM took."
     import torch
 
     from llmquant import load
+    from llmquant.evaluation.served_linears import per_token_places, put_on_served_grids
 
-    return bench.perplexity(load(out, torch.float32, given.device, getattr(torch, dtype)))
+    served_in = getattr(torch, said["dtype"])
+    model = load(out, torch.float32, given.device, served_in, activations=False)
+    put_on_served_grids(model, out, per_token_places(said["kernels"], said["parts"]), served_in)
+    return bench.perplexity(model)
 
 
-def served(out, dtype, bench):
-    "Perplexity in a vLLM without plugins."
+def served(out, dtype, flexible, bench):
+    "Perplexity in a vLLM without plugins, and what it was computed with: dtype, kernels, parts of fused Linears."
     from engine import ask
 
     from llmquant.evaluation.perplexity import as_ids, cut_windows
     from llmquant.evaluation.vllm_check import Job
 
     windows = cut_windows(as_ids(bench.ids), CONTEXT, bench.windows).tolist()
-    ((tensors, _),) = ask("text", [Job(str(out), windows, dtype, top=1, sample=1)])
-    return tensors["logprobs"].mean().neg().exp().item()
+    ((tensors, facts),) = ask("text", [Job(str(out), windows, dtype, top=1, sample=1, flexible=flexible)])
+    return tensors["logprobs"].mean().neg().exp().item(), {name: json.loads(value) for name, value in facts.items()}
 
 
 def measure(words, one, given, bench, results):
@@ -100,14 +108,15 @@ def measure(words, one, given, bench, results):
         out, seconds = exported(one, given, bench, folder)
         dtype = dtype_of(out, given)
         clock = time.perf_counter()
-        ours = simulated(out, dtype, given, bench)
+        theirs, said = served(out, dtype, given.dtype == "auto" and one is not None, bench)
         middle = time.perf_counter()
-        theirs = served(out, dtype, bench)
-        took = {"export": seconds, "simulated": middle - clock, "served": time.perf_counter() - middle}
+        ours = simulated(out, said, given, bench)
+        took = {"export": seconds, "served": middle - clock, "simulated": time.perf_counter() - middle}
     about = one or {"bits": 32, "suppressors": {}}
     facts = {key: about[key] for key in ("bits", "group_size", "activations", "method", "overrides") if key in about}
     facts["suppressors"] = dict(about["suppressors"])
-    results.add(name=name, words=words, platform=platform, dtype=dtype, device=device_name(given), **facts,
+    results.add(name=name, words=words, platform=platform, dtype=said["dtype"], device=device_name(given), **facts,
+                kernels=sorted(set(said["kernels"].values())),
                 simulated=round(ours, 4), served=round(theirs, 4), ratio=round(theirs / ours, 5),
                 passed=abs(theirs / ours - 1) <= APART, seconds={key: round(value, 1) for key, value in took.items()})
 
@@ -135,6 +144,7 @@ def main():
     bench = bench_of(given, given.text, given.windows)
     protocol = {"model": "SmolLM2-135M-Instruct, llmquant.demo, float32", "context": CONTEXT, "windows": given.windows}
     protocol |= {"apart": APART, "text": called(given.text)}
+    protocol |= {"VLLM_CPU_INT4_W4A8": 0}
     protocol |= {"calibration": f"{called(given.calibration)}, {SAMPLES} x {LENGTH}"}
     header = {"command": "tools/measure_served.py", "about": __doc__.split("\n")[0]}
     header |= {"machines": {device_name(given): machine()}, "protocol": protocol}
