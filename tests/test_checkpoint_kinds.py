@@ -247,3 +247,100 @@ def test_config_under_other_names_and_with_infinity(tmp_path, kind):
     assert {key: written[key] for key in was if key not in ("dtype", "quantization_config")} == {
         key: was[key] for key in was if key != "dtype"}
     assert AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "out")).config.vocab_size == 512
+
+
+def scale_of(weight: torch.Tensor, blocks: tuple) -> torch.Tensor:
+    "Powers of two that bring each block under 448, so that products are exact in bfloat16."
+    rows, columns = (torch.arange(size) * count // size for size, count in zip(weight.shape, blocks))
+    largest = torch.zeros(blocks).index_put_((rows[:, None].expand_as(weight), columns.expand_as(weight)),
+                                             weight.float().abs(), accumulate=True)
+    return torch.exp2(torch.ceil(torch.log2(largest.clamp_min(1e-6) / 448)))
+
+
+FP8 = {  # suffix, shape of the scales from that of the weight, section, scale's dtype
+    "a tensor": ("_scale", lambda rows, columns: (), None, torch.float32),
+    "a tensor, inverse": ("_scale_inv", lambda rows, columns: (1,), None, torch.bfloat16),
+    "rows": ("_scale", lambda rows, columns: (rows, 1), None, torch.float32),
+    "blocks": ("_scale_inv", lambda rows, columns: (-(-rows // 128), -(-columns // 128)), None, torch.float32),
+    "blocks of ModelOpt": ("_scale", lambda rows, columns: (-(-rows // 128), 1, -(-columns // 128), 1), None, torch.float32),
+    "a section with blocks": ("_scale_inv", lambda rows, columns: (rows // 64, columns // 64),
+                              {"quant_method": "fp8", "weight_block_size": [64, 64]}, torch.float8_e8m0fnu),
+}
+
+
+@pytest.fixture(scope="module")
+def coded(checkpoints, tmp_path_factory):
+    "A checkpoint with float8 codes, and the same weights without codes."
+    made, root = {}, tmp_path_factory.mktemp("coded")
+
+    def get(kind: str) -> tuple[Path, Path]:
+        if kind in made: return made[kind]
+        suffix, shape_of, section, dtype = FP8[kind]
+        base, stored, plain = checkpoints("llama"), {}, {}
+        for name, tensor in tensors_of(base).items():
+            stored[name] = plain[name] = tensor
+            if not name.endswith(("proj.weight", "embed_tokens.weight")): continue
+            shape = shape_of(*tensor.shape)
+            blocks = tuple(size for size in shape if size > 1 or len(shape) == 2) or (1, 1)
+            scale = scale_of(tensor, (*blocks, 1)[:2] if len(blocks) < 2 else blocks)
+            rows, columns = (torch.arange(size) * count // size for size, count in zip(tensor.shape, scale.shape))
+            full = scale[rows][:, columns]
+            stored[name] = (tensor.float() / full).to(torch.float8_e4m3fn)
+            stored[f"{name}{suffix}"] = scale.reshape(shape).to(dtype)
+            stored[name.replace(".weight", ".input_scale")] = torch.tensor(0.7)
+            plain[name] = (stored[name].float() * full).bfloat16()
+        made[kind] = (variant(base, root / f"{len(made)}-codes", stored, **({"quantization_config": section} if section else {})),
+                      variant(base, root / f"{len(made)}-plain", plain))
+        return made[kind]
+
+    return get
+
+
+@pytest.mark.parametrize("kind", FP8)
+def test_float8_codes_are_multiplied_with_their_scales(coded, tmp_path, kind, caplog):
+    model, plain = coded(kind)
+    for path in (model, plain): quantize(path, tmp_path / path.name, **GRID)
+    assert "tensors hold float8 codes and are read as codes times scales" in caplog.text
+    assert digests(tmp_path / model.name) == digests(tmp_path / plain.name)
+    found, right = tensors_of(tmp_path / model.name), tensors_of(tmp_path / plain.name)
+    assert found.keys() == right.keys() and all(found[name].equal(right[name]) for name in right)
+    assert not any("scale" in name and not name.endswith("weight_scale") for name in found)
+    config = json.loads((tmp_path / model.name / "config.json").read_text())
+    assert config["quantization_config"]["llmquant_method"] == "minmax"
+    loaded, reference = load(model).state_dict(), load(plain).state_dict()
+    assert all(loaded[name].equal(reference[name]) for name in reference)
+
+
+@pytest.mark.parametrize("keys", [dict(method="gptq", **TEXT), dict(method="awq", **TEXT),
+                                  dict(method="gptq", **TEXT, **{"calibration.dataset": "self"})])
+def test_calibrated_runs_read_float8_codes(coded, tmp_path, keys):
+    for path in coded("blocks"): quantize(path, tmp_path / path.name, **keys, **GRID)
+    codes, plain = (digests(tmp_path / path.name) for path in coded("blocks"))
+    assert codes == plain
+
+
+def test_a_run_on_float8_codes_is_verified_against_them(coded, tmp_path):
+    from llmquant.evaluation.proof import verify
+    model, plain = coded("rows")
+    quantize(model, tmp_path / "out", **GRID)
+    for reference in (model, plain): verify(tmp_path / "out", reference, require_vllm=False)
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+UNREADABLE = {
+    "no scale": ({UP + "_scale": None}, f"tensor {UP} holds float8_e4m3fn codes, and no scales lie beside it"),
+    "other shape": ({UP + "_scale": torch.ones(7)}, f"its scale {UP}_scale has shape \\[7\\]"),
+    "a second scale": ({UP.replace("weight", "weight_scale_2"): torch.ones(1)}, "up_proj.weight_scale_2 lies beside it"),
+    "integers": ({UP: torch.ones(256, 128).to(torch.int8)}, f"tensor {UP} holds integers \\(int8\\)"),
+    "16 bits": ({UP: torch.ones(256, 128).bfloat16()}, f"tensor {UP} is bfloat16, and a scale {UP}_scale lies beside it"),
+}
+
+
+@pytest.mark.parametrize("wrong", UNREADABLE)
+def test_codes_that_nobody_can_read_are_named(coded, tmp_path, wrong):
+    changes, message = UNREADABLE[wrong]
+    base = coded("a tensor")[0]
+    tensors = {name: t for name, t in {**tensors_of(base), **changes}.items() if t is not None}
+    model = variant(base, tmp_path / "model", tensors)
+    assert re.search(message, refusal(model))
+    with pytest.raises(UsageError, match=message): load(model)

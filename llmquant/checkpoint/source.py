@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SINGLE', 'INDEX', 'logger', 'DEPTH', 'SCALES', 'read_json', 'read_model_config', 'main_dtype', 'CheckpointSource',
-           'fingerprint', 'GGUFSource', 'find_coded', 'open_checkpoint', 'open_any']
+           'write_whole', 'fingerprint', 'GGUFSource', 'find_coded', 'open_checkpoint', 'open_any']
 
 # %% ../../nbs/checkpoint/source.ipynb #b0d39096
 import hashlib
@@ -22,6 +22,7 @@ from fastcore.basics import patch
 
 from .gguf import read_gguf_header
 from .gguf_model import GGUFModel, convert_gguf, write_tokenizer
+from .scaled import find_scaled, multiplied, without_scales
 from .shard import TensorInfo, as_bytes, open_shard, plan_shard, read_header, read_tensor
 from .side_files import PICKLES, find_side_files
 from ..core.errors import UsageError
@@ -131,15 +132,22 @@ class CheckpointSource:
             problem = "is no folder" if self.path.exists() else "does not exist"
             raise UsageError(f"{self.origin}: {problem}; give the folder of a checkpoint or an export")
         self.config = read_model_config(self.path / "config.json")
-        self.tensors = _read_headers(self.path)
+        self.tensors = self.stored = _read_headers(self.path)
+        self.scaled, self._whole = {}, None # see `unscale_` and `with_weights`
         self.dtype = main_dtype(self.tensors, self.origin)
         self.side_files = find_side_files(self.path)
         self._files, self.digests = {}, None # a dictionary here gets the SHA-256 of each tensor that is read
 
     def tensor(self,
         name:str, # one of `tensors`
-    )->torch.Tensor: # CPU, in the checkpoint's dtype
+    )->torch.Tensor: # CPU, in the checkpoint's dtype; codes times scales come in float32
         "Read one tensor."
+        tensor = self._noted(name)
+        if name not in self.scaled: return tensor
+        return multiplied(tensor, self._noted(self.scaled[name].scale), self.scaled[name].block)
+
+    def _noted(self, name:str)->torch.Tensor:
+        "One tensor as it is stored, and its digest where digests are wanted."
         tensor = self._read(name)
         if self.digests is not None and name not in self.digests:
             self.digests[name] = hashlib.sha256(as_bytes(tensor)).hexdigest()
@@ -147,13 +155,9 @@ class CheckpointSource:
 
     def _read(self, name:str)->torch.Tensor:
         "One tensor from its shard."
-        file = self.tensors[name].file
-        if file not in self._files: self._files[file] = open_shard(self.path / file)
-        return read_tensor(self._files[file], self.tensors[name])
-
-    def with_weights(self)->Path:
-        "A folder that a library can load as a whole."
-        return self.path
+        info = self.stored[name]
+        if info.file not in self._files: self._files[info.file] = open_shard(self.path / info.file)
+        return read_tensor(self._files[info.file], info)
 
     def files(self)->list: # of Path
         "What must stay while this is read: the folder, what was given, each shard and each side file."
@@ -163,10 +167,50 @@ class CheckpointSource:
     def close(self):
         "Close the shards; a later read opens them again."
         for file in self._files.values(): file.close()
-        self._files = {}
+        if self._whole is not None: self._whole.cleanup()
+        self._files, self._whole = {}, None
 
     def __enter__(self): return self
     def __exit__(self, *error): self.close()
+
+# %% ../../nbs/checkpoint/source.ipynb #ab51eb33
+@patch
+def unscale_(self:CheckpointSource,
+    block=None, # rows and columns of a block of scales, where config.json says it
+):
+    "Read float8 codes as what they mean; `UsageError` for a tensor that nobody can read."
+    sizes = tuple(block) if isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block) else ()
+    if not (found := find_scaled(self.stored, self.origin, *[sizes] * bool(sizes))): return
+    said = [part.get(key) for part in (self.config, self.config.get("text_config")) if isinstance(part, dict)
+            for key in ("dtype", "torch_dtype")]
+    self.tensors = without_scales(self.stored, found, next(filter(None, said), None))
+    self.scaled, self.dtype = found, main_dtype(self.tensors, self.origin)
+    logger.warning("%s: %d tensors hold float8 codes and are read as codes times scales; %d tensors of scales are left "
+                   "out", self.origin, len(found), len(self.stored) - len(self.tensors))
+
+@patch
+def with_weights(self:CheckpointSource)->Path:
+    "A folder that a library can load as a whole."
+    if not self.scaled and self.config == read_model_config(self.path / "config.json"): return self.path
+    if self._whole is None: self._whole = tempfile.TemporaryDirectory(prefix="llmquant-whole-")
+    folder = Path(self._whole.name)
+    if any(folder.iterdir()): return folder
+    (folder / "config.json").write_text(json.dumps(self.config, indent=2), encoding="utf-8")
+    for path in self.side_files:
+        (folder / path.relative_to(self.path)).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path.relative_to(self.path)).symlink_to(path.absolute())
+    write_whole(self, folder)
+    return folder
+
+def write_whole(
+    source:CheckpointSource, # open
+    folder:Path, # receives one shard
+):
+    "Write all tensors as they are read, one after the other."
+    header, _ = plan_shard(SINGLE, [*source.tensors], {name: (i.dtype, i.shape) for name, i in source.tensors.items()})
+    with open(folder / SINGLE, "wb") as file:
+        file.write(header)
+        for name, info in source.tensors.items(): file.write(as_bytes(source.tensor(name).to(info.dtype)))
 
 # %% ../../nbs/checkpoint/source.ipynb #be2015d0
 def fingerprint(
@@ -193,8 +237,10 @@ class GGUFSource(CheckpointSource):
             self._temporary.cleanup()
             raise
         shapes = {name: place.shape for name, place in self.model.places.items()}
-        self.tensors = {name: TensorInfo(torch.float32, shapes[name], self.origin.name, 4 * prod(shapes[name]), 0)
-                        for name in sorted(shapes, key=natural_key)}
+        self.tensors = self.stored = {
+            name: TensorInfo(torch.float32, shapes[name], self.origin.name, 4 * prod(shapes[name]), 0)
+            for name in sorted(shapes, key=natural_key)}
+        self.scaled = {}
 
     def files(self)->list: # of Path
         "What must stay while this is read."
@@ -261,10 +307,7 @@ def with_weights(self:GGUFSource)->Path:
 def _write_weights(self:GGUFSource, folder:Path):
     "All tensors, one after the other."
     if self.model.whole: return self._as_a_whole()
-    header, _ = plan_shard(SINGLE, [*self.tensors], {name: (i.dtype, i.shape) for name, i in self.tensors.items()})
-    with open(folder / SINGLE, "wb") as file:
-        file.write(header)
-        for name in self.tensors: file.write(as_bytes(self._read(name)))
+    write_whole(self, folder)
 
 # %% ../../nbs/checkpoint/source.ipynb #143b0efb
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -338,12 +381,11 @@ def find_coded(
 
 def _drop_section_(
     config:dict, # config.json; changed
-)->str: # the method that the section named, "" where there was none
+)->dict: # the section, empty where there was none
     "Take `quantization_config` out of a configuration and out of its text model's."
     found = [part.pop("quantization_config") for part in (config, config.get("text_config"))
              if isinstance(part, dict) and part.get("quantization_config")]
-    if not found: return ""
-    return str(found[0].get("quant_method", "an unnamed method") if isinstance(found[0], dict) else found[0])
+    return found[0] if found else {}
 
 # %% ../../nbs/checkpoint/source.ipynb #d74fd1ed
 def _refuse_unusable(
@@ -351,12 +393,15 @@ def _refuse_unusable(
     trust_remote_code:bool, # whether the user allowed code from the hub
 ):
     "Refuse models that are quantized already or that need code nobody allowed."
-    method = _drop_section_(source.config)
-    if method and (coded := find_coded(source.tensors)):
+    section = _drop_section_(source.config)
+    method = section.get("quant_method", "an unnamed method") if isinstance(section, dict) else section
+    if not section or method == "fp8": source.unscale_(section.get("weight_block_size") if section else None)
+    elif coded := find_coded(source.tensors):
         raise UsageError(f"{source.origin}: is already quantized ({method}, tensor {coded}); give the unquantized "
                          "checkpoint")
-    if method: logger.warning("%s: config.json says %s, and the weights are of 16 bits or more; the section "
-                              "quantization_config is left out", source.origin, method)
+    if section and not source.scaled:
+        logger.warning("%s: config.json says %s, and the weights are of 16 bits or more; the section quantization_config "
+                       "is left out", source.origin, method)
     if not trust_remote_code and _needs_hub_code(source.config):
         raise UsageError(f"{source.origin}: model type {source.config.get('model_type')!r} exists only as Python code "
                          "that comes with it; read that code and set trust_remote_code: true, or choose another model")
