@@ -1,9 +1,9 @@
 "What a message must tell whole: paths, sums, model types."
 import re
-from pathlib import Path
 
 import pytest
 import tiny
+import yaml
 from transformers import AutoConfig
 
 from llmquant.core.errors import ProofError, UsageError
@@ -40,8 +40,9 @@ def test_failed_export_is_named_by_its_whole_path(tmp_path):
     def wrong(folder): raise ProofError("the export: mean KL 0.3")
     with pytest.raises(ProofError) as failed:
         export_model(model, ModelRegistry.for_config(model.config.to_dict()), tmp_path/"deep"/"gg", verify=wrong)
-    named = Path(re.search(r"the export lies in (\S+),", str(failed.value))[1])
-    assert named == tmp_path/"deep"/"gg.failed" and (named/"config.json").is_file()
+    named = tmp_path/"deep"/"gg.failed"
+    assert str(named) in str(failed.value) and (named/"config.json").is_file(), str(failed.value)
+    assert yaml.safe_load((named/"quantization_report.yaml").read_text())["verdict"].startswith("failed: the export: mean")
 
 
 def test_rotation_names_model_types():

@@ -82,7 +82,7 @@ def opened(
 
 def _back(folder:Path, place:Path):
     "Move what stood aside back to its place."
-    logger.info("%s: an interrupted run had moved it aside; moved back from %s", place, folder.name)
+    logger.info("%s: an interrupted run had moved it aside; moved back from %s", place, folder)
     os.rename(folder, place)
 
 def remove(
