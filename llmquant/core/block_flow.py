@@ -117,6 +117,8 @@ def spoken_name(name:str) -> str:
     return "argument " + ".".join(part.strip("'") for part in re.findall(r"\[(.*?)\]", rest))
 
 # %% ../../nbs/core/block_flow.ipynb #0dac53a9
+class _Refused(Exception): "Why blocks cannot be run one by one; `flow_of` adds the model type."
+
 @dataclass
 class BlockCall:
     "One block as the decoder called it in the pass without weights."
@@ -151,9 +153,10 @@ def watch_calls(
             return output
         return forward
     device = next(iter(model.buffers()), torch.empty(0)).device
-    tokens = torch.arange(4, device=device)[None]
+    tokens, parts = torch.arange(4, device=device)[None], [*map(id, model.modules())]
     with on_meta(model), forwards(blocks, forward_of), mode:
         decoder_of(model, blocks[0])(input_ids=tokens, use_cache=False)
+    if parts != [*map(id, model.modules())]: raise _Refused("its decoder exchanges modules while it runs")
     return calls
 
 # %% ../../nbs/core/block_flow.ipynb #4a9592a1
@@ -180,8 +183,6 @@ def out_key(index:int, name:str) -> str:
     return f"output {index}{name}"
 
 # %% ../../nbs/core/block_flow.ipynb #cbb3f5a3
-class _Refused(Exception): "Why blocks cannot be run one by one; `flow_of` adds the model type."
-
 def _once_in_order(calls:list[BlockCall]):
     "Every block at most once, and no earlier one after a later one."
     order = [call.index for call in calls]

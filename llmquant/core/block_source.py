@@ -91,8 +91,10 @@ def for_checkpoint(
 ) -> BlockSource:
     "The decoder of a checkpoint."
     model = adapter.skeleton(source.config, getattr(source, "tensors", ()))
-    places = adapter.tensor_places(model)
+    places, first = adapter.tensor_places(model), {} # a tied weight is kept under the first of its names
+    for name, parameter in model.named_parameters(remove_duplicate=False): first.setdefault(id(parameter), name)
     def read(name, parameter):
+        if name not in places: name = first[id(parameter)]
         place = places[name]
         if place is not None: return source.tensor(place)
         return adapter.assemble(model, name, tuple(parameter.shape), source.tensor, dtype)

@@ -6,6 +6,7 @@
 __all__ = ['Enough', 'watching', 'input_groups']
 
 # %% ../../nbs/core/input_groups.ipynb #a0d7f44e
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -32,14 +33,15 @@ def watching(
 def input_groups(
     modules:Mapping[str, nn.Module], # Linears by name
     run:Callable[[], Any],           # One forward pass
-) -> list[list[str]]:                # Names that share an input, in the order in which they are first called
-    "Which Linears are given the same tensor; one that is never called is alone, at the end."
-    seen = [] # the tensors are kept, so that no address is used twice
+) -> tuple[list[list[str]], set[str]]: # Names that share an input, in the order of the pass; those called repeatedly
+    "Which Linears are given the same tensor. One that is never called, or more than once, is alone, at the end."
+    seen, calls = [], Counter() # the tensors are kept, so that no address is used twice
     def see(name, tensor):
+        calls[name] += 1
         for other, names in seen:
             if other is tensor: return names.append(name)
         seen.append((tensor, [name]))
     with watching(modules, see): run()
-    found = [list(dict.fromkeys(names)) for _, names in seen]
-    called = {name for names in found for name in names}
-    return found + [[name] for name in modules if name not in called]
+    found = [[name for name in names if calls[name] == 1] for _, names in seen]
+    alone = [[name] for name in modules if calls[name] != 1]
+    return [names for names in found if names] + alone, {name for name in modules if calls[name] > 1}
