@@ -176,7 +176,8 @@ def _add_verify_flags(parser:argparse.ArgumentParser):
     parser.add_argument("export", metavar="EXPORT", help="the export's folder")
     parser.add_argument("--reference", metavar="MODEL", required=True, help="the checkpoint that it was made from")
     parser.add_argument("--stock", action="store_true", help="without the plugin, as vLLM does it alone")
-    parser.add_argument("--bound", metavar="KL", help="largest mean KL divergence to accept (1e-4, in bfloat16 2e-3)")
+    parser.add_argument("--bound", metavar="KL", help="largest mean KL divergence to accept (1e-4, or three times what "
+                                                      "the reference in bfloat16 differs from itself)")
 
 # %% ../nbs/cli.ipynb #b52f4bbd
 def run_command(

@@ -150,8 +150,8 @@ def server_default(export: Path,              # folder
     default, off = answers[1:] if len(answers) == 3 else (Answer(skipped=True),) * 2
     if not any(W4A8_PRODUCT in kernel for kernel in default.kernels.values()): return {}
     logits = forced_logits(load(export, torch.float32, "cpu", torch.bfloat16), prompts)
-    costs = {f"mean_kl_with_{value}": float(f"{divergences(logits, said)[0].mean().item():.3g}")
-             for value, said in ((1, default), (0, off)) if not said.error}
+    costs = {name: float(f"{divergences(logits, said)[0].mean().item():.3g}")
+             for name, said in (("mean_kl", default), ("mean_kl_with_float_activations", off)) if not said.error}
     return {"server_default": {"dtype": default.dtype, "activations": f"8 bits per token, for {W4A8} is 1", **costs}}
 
 # %% ../../nbs/evaluation/served_check.ipynb #c074388b
