@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['TABLE', 'REGISTRY', 'NOT_INSTALLED', 'FusedTable', 'syntax_tree', 'vllm_folder', 'module_file', 'imported_from',
-           'find_class', 'literal_table', 'assignments', 'class_table', 'served_classes', 'vllm_version',
-           'served_table']
+           'find_class', 'literal_table', 'assignments', 'class_table', 'served_class', 'vllm_version', 'served_table']
 
 # %% ../../nbs/models/served_class.ipynb #1dd2444f
-import ast
+import ast, re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -107,9 +106,11 @@ def class_table(folder: Path, module: str, name: str) -> dict|None: # fused name
     found = find_class(folder, module, name)
     if found is None: return None
     module, cls = found
-    bases = (class_table(folder, module, base.id) for base in cls.bases if isinstance(base, ast.Name))
-    table = next((t for t in bases if t is not None), None)
-    for key, value in assignments(cls):
+    said, table = list(assignments(cls)), None
+    if all(key is not None for key, _ in said):
+        bases = (class_table(folder, module, base.id) for base in cls.bases if isinstance(base, ast.Name))
+        table = next((t for t in bases if t is not None), None)
+    for key, value in said:
         found = literal_table(folder, module, value) if key is None else {key: ast.literal_eval(value)}
         table = found if key is None else (table or {}) | found
     return table
@@ -117,18 +118,16 @@ def class_table(folder: Path, module: str, name: str) -> dict|None: # fused name
 # %% ../../nbs/models/served_class.ipynb #173bd901
 REGISTRY = "vllm.model_executor.models.registry"
 
-@lru_cache(maxsize=4)
-def served_classes(
-    folder: Path, # of vLLM
-) -> dict[str, tuple[str, str]]: # architecture -> (module, class)
-    "vLLM's registry, read."
-    found = {}
-    for node in ast.walk(syntax_tree(module_file(folder, REGISTRY))):
-        for key, value in zip(node.keys, node.values) if isinstance(node, ast.Dict) else ():
-            try: name, (module, cls) = ast.literal_eval(key), ast.literal_eval(value)
-            except (ValueError, TypeError): continue # another table of that file
-            found.setdefault(name, (module if module.startswith("vllm.") else f"vllm.model_executor.models.{module}", cls))
-    return found
+def served_class(
+    folder: Path,      # of vLLM
+    architecture: str, # one of config.json's architectures
+) -> tuple[str, str]|None: # module and class; None where the registry does not have it
+    "Which class serves an architecture: one line of vLLM's registry, which is long, so it is searched and not parsed."
+    text = module_file(folder, REGISTRY).read_text(encoding="utf-8")
+    found = re.search(rf'"{re.escape(architecture)}":\s*\(\s*"([\w.]+)",\s*"(\w+)",?\s*\)', text)
+    if not found: return None
+    module, name = found.groups()
+    return (module if module.startswith("vllm.") else f"vllm.model_executor.models.{module}"), name
 
 def vllm_version() -> str: # "" where no distribution of vLLM is installed
     "The version of vLLM, or of its build for CPUs."
@@ -147,10 +146,10 @@ def served_table(
 ) -> tuple[FusedTable|None, str]: # the table, or why there is none
     "What vLLM's class for an architecture fuses."
     if folder is None: return None, NOT_INSTALLED
-    try: known = {name: place for name, place in served_classes(folder).items() if name in architectures}
-    except (OSError, AttributeError, SyntaxError): return None, "this vLLM has no registry that can be read"
-    if not known: return None, f"vLLM has no class for {', '.join(architectures) or 'a model without architectures'}"
-    name, (module, cls) = next(iter(known.items()))
+    try: found = next(filter(None, (served_class(folder, name) for name in architectures)), None)
+    except (OSError, AttributeError): return None, "this vLLM has no registry that can be read"
+    if not found: return None, f"vLLM has no class for {', '.join(architectures) or 'a model without architectures'}"
+    module, cls = found
     try: table = class_table(folder, module, cls)
     except ValueError: return None, f"vLLM's {cls} computes its table"
     if not table: return None, f"vLLM's {cls} names none"
