@@ -7,7 +7,7 @@
 
 An input is a tiny checkpoint, recipe, command line, text or export with something changed: a value of another type,
 huge, negative, nested, absent; bytes cut, flipped, repeated; a tensor of another shape. It is made from the seed, its
-kind and its number alone. Good ends are status 0, 1 or 2; what is refused is refused in one line on stderr, within 30
+kind and its number alone. Good ends are status 0, 1 or 2; what is refused is refused in one line on stderr, within 60
 seconds and 8 GiB, and leaves no partial folder but one that the line names. The exit status is 1 when an input had
 another end.
 """
@@ -38,8 +38,14 @@ os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TQDM_DISABLE="1"
 import torch  # noqa: E402
 import yaml  # noqa: E402
 
-MODELS = ("llama", "olmo2", "gpt_neox", "qwen2_moe", "gemma2")
-SECONDS, MEMORY = 30, 8 * 2**30
+MODELS = ("llama", "olmo2", "gpt_neox", "qwen2_moe", "gemma2", "deepseek_v3", "opt", "phi3")
+SECONDS, MEMORY = 60, 8 * 2**30
+RUNS = (  # what a run with text is asked for, beside its width
+    ["--method", "gptq"], ["--method", "gptq"], ["--method", "awq"],
+    ["--method", "minmax", "--outlier-suppression", "smooth_quant"], ["--outlier-suppression", "rotation"],
+    ["--method", "gptq", "--outlier-suppression", "outlier_suppression_v2"],
+    ["--method", "minmax", "--bits", "8", "--group-size", "-1",
+     "--set", "quantization.activations={dynamic: false, granularity: tensor}"])
 EXPORTS = {  # options of the exports, one for each layout
     "packed": ["--bits", "4", "--group-size", "32"],
     "mixed": ["--bits", "4", "--group-size", "32", "--set", "quantization.overrides=[{match: '.*o_proj', bits: 8}]"],
@@ -236,8 +242,8 @@ class Bases:
 
     def text(self, name="text.txt"):
         "Options of a calibrated run."
-        return ["--method", "gptq", "--calibration-dataset", str(self.folder / name),
-                "--set", "calibration.num_samples=2", "--set", "calibration.max_length=16"]
+        return ["--calibration-dataset", str(self.folder / name), "--set", "calibration.num_samples=2",
+                "--set", "calibration.max_length=16"]
 
 
 def commands(model, scratch, draw, bases):
@@ -246,7 +252,10 @@ def commands(model, scratch, draw, bases):
     model, out = ["--model-path", str(model)], ["--output-path", str(scratch / "out")]
     found = [["info", model[1]], ["check", *model, *width]]
     if draw.random() < 0.4: found.append(["quantize", *model, *out, *width])
-    elif draw.random() < 0.4: found.append([draw.choice(["quantize", "check"]), *model, *out, *width, *bases.text()])
+    elif draw.random() < 0.5:
+        verb, run = draw.choice(["quantize", "check", "check"]), draw.choice(RUNS)
+        text = [] if "rotation" in run else bases.text()
+        found.append([verb, *model, *out, *(() if "--bits" in run else width), *run, *text])
     return found
 
 
@@ -272,8 +281,8 @@ def command_line(bases, scratch, draw):
         ["check", "--model-path", model, "--method", "minmax", "--bits", "8", "--layers", "0,1", "--torch-dtype",
          "float16", "--set", "quantization.activations.dynamic=true", "--max-memory", "4GB", "--format",
          "compressed_tensors"],
-        ["check", "--model-path", model, *bases.text(), "--device-map", "cpu", "--seed", "0", "--outlier-suppression",
-         "smoothquant", "--set", "quantization.overrides=[{match: '.*o_proj', bits: 8}]"],
+        ["check", "--model-path", model, "--method", "gptq", *bases.text(), "--device-map", "cpu", "--seed", "0",
+         "--outlier-suppression", "smooth_quant", "--set", "quantization.overrides=[{match: '.*o_proj', bits: 8}]"],
         ["verify", str(bases.folder / bases.exports[0]), "--reference", model],
         ["info", str(bases.folder / bases.exports[0])], ["list", "--verbose"]])
     at = draw.randrange(len(words))
@@ -312,7 +321,7 @@ def tokenizer(bases, scratch, draw):
     what = change_file(file, draw)
     verb = draw.choice(["check", "check", "quantize"])
     return Input(what, [[verb, "--model-path", str(model), "--output-path", str(scratch / "out"), "--group-size", "32",
-                         *bases.text()]])
+                         "--method", "gptq", *bases.text()]])
 
 
 def text(bases, scratch, draw):
@@ -321,7 +330,7 @@ def text(bases, scratch, draw):
     file = scratch / draw.choice([name, name, "x.parquet", "x.csv", "x.json"])
     rewrite(file, cut_up((bases.folder / name).read_bytes(), draw))
     return Input(f"bytes of {file.name}", [["check", "--model-path", str(bases.folder / "llama"), "--group-size", "32",
-                                           *bases.text(file)]])
+                                           "--method", "gptq", *bases.text(file)]])
 
 
 def export(bases, scratch, draw):
@@ -427,6 +436,18 @@ def prepared(folder, **what):
         yield Bases(folder, **what)
 
 
+def warm(bases):
+    "What nobody has changed ends with 0; what libraries import for it need not be imported in each forked process."
+    width, reference = ["--bits", "4", "--group-size", "32"], ["--reference", str(bases.folder / "llama")]
+    models = (*bases.models, "shards", "model.gguf")
+    runs = [["check", "--model-path", str(bases.folder / model), *width] for model in models]
+    runs += [["verify", str(bases.folder / name), *reference] for name in bases.exports]
+    runs += [[*runs[0], "--method", "gptq", *bases.text()], [*runs[0], "--config", str(bases.folder / "recipe.yaml")]]
+    for command in (*runs, *(bases.folder / name for name in bases.exports)):
+        status, said = carry_out(command)
+        if status: sys.exit(f"{command} must end with 0 before anything is changed: {said}")
+
+
 def in_children(bases, tasks, seed):
     "Try inputs in forked processes, for a library may end one: yields (kind, number, what, found) of each."
     while tasks:
@@ -474,6 +495,7 @@ def main():
         if given.one:
             kind, _, number = given.one.partition(":")
             return print(try_one(bases, kind, int(number), given.seed, loud=True))
+        warm(bases)
         for first in count(0, 10):
             if first >= given.inputs or monotonic() - start > given.seconds: break
             tasks = [(kind, number) for number in range(first, min(first + 10, given.inputs)) for kind in given.kinds]

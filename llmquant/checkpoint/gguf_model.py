@@ -11,7 +11,7 @@ import json
 import re
 from dataclasses import dataclass
 from importlib.util import find_spec
-from math import log, pi
+from math import log, pi, prod
 from pathlib import Path
 
 import numpy as np
@@ -256,6 +256,7 @@ def _places(self:GGUFModel)->dict: # name in the checkpoint -> GGUFPlace
         if name in stored: sources.setdefault(name, []).append(tensor)
         elif not _NOT_WEIGHTS.fullmatch(tensor) and not (name and self.config.tie_word_embeddings): unused.append(tensor)
     self._check_complete(unused, [name for name in stored if name not in sources])
+    for name, tensors in sources.items(): self._check_size(tensors, name, state[name])
     places = {}
     for name, place in stored.items():
         if place is not None: places[place] = GGUFPlace(tuple(sources[name]), tuple(state[name].shape))
@@ -282,6 +283,14 @@ def _names(self:GGUFModel)->dict: # name in the file -> name in transformers' me
                 self.processor.perform_fallback_tensor_mapping(more := {}, suffix, above, inner)
                 found = more | found
     return found
+
+@patch
+def _check_size(self:GGUFModel, tensors:list, name:str, parameter):
+    "`UsageError` where the configuration gives a parameter another size than its tensors have."
+    held = [self.header.tensors[tensor].shape for tensor in tensors]
+    if sum(map(prod, held)) != parameter.numel():
+        raise UsageError(f"{self.header.path}: tensor {tensors[0]} is {list(held[0])}, and {name} "
+                         f"{list(parameter.shape)} by the keys of the file; one of the two is damaged, fetch it again")
 
 @patch
 def _check_complete(self:GGUFModel, unused:list, missing:list):

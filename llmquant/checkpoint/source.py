@@ -60,7 +60,8 @@ def _is_deep(
     return True
 
 # %% ../../nbs/checkpoint/source.ipynb #e7876fc4
-_FORMS = {"model_type": str, "text_config": dict, "quantization_config": dict, "auto_map": dict, "architectures": list}
+_FORMS = {"model_type": str, "text_config": dict, "quantization_config": dict, "auto_map": dict, "architectures": list,
+          "dtype": str, "torch_dtype": str}
 _KINDS = {str: "a word", dict: "a section", list: "a list of words"}
 
 def read_model_config(
@@ -73,6 +74,9 @@ def read_model_config(
         words = isinstance(value, kind) and (kind is not list or all(isinstance(item, str) for item in value))
         if value is not None and not words:
             raise UsageError(f"{path}: {key} is {value!r:.80}, must be {_KINDS[kind]} or null; fetch the file again")
+    for key in "dtype", "torch_dtype":
+        if not isinstance(getattr(torch, config.get(key) or "float32", None), torch.dtype):
+            raise UsageError(f"{path}: {key} is {config[key]!r:.80}, which is no dtype of torch; fetch the file again")
     return config
 
 # %% ../../nbs/checkpoint/source.ipynb #2ed5b88d
