@@ -106,7 +106,7 @@ def need_of(
     "The predicted peak, under the ceiling; `UsageError` when it cannot be held."
     for who in (*filter(is_blockwise, suppressors), *([quantizer] if quantizer.edits_blocks() else [])):
         check_pairs(plan, adapter, who, source)
-    model = adapter.skeleton(source.config)
+    model = adapter.skeleton(source.config, source.tensors)
     flow_of(model, adapter.get_layers(model)) # a decoder whose blocks cannot be run one by one is refused
     c = recipe.calibration
     tensors = {name: (info.dtype, info.shape) for name, info in source.tensors.items()}

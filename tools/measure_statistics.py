@@ -91,12 +91,13 @@ OWN = {
 }
 
 
-MUSIC, LARGE = "writes music or speech, not text", "no small model of it by configuration alone"
+MUSIC, LARGE, DRAFT = "writes music or speech", "configuration alone makes no small model of it", "drafts for another model"
 LEFT_OUT = {
-    "blt": LARGE, "fuyu": LARGE, "git": LARGE, "got_ocr2": LARGE, "dbrx": LARGE, "phi4_multimodal": LARGE, "cohere_compass_text": LARGE,
-    "musicgen": MUSIC, "musicgen_melody": MUSIC, "moshi": MUSIC,
-    "gemma3n": "its vision tower is timm's, which is not installed; its decoder is gemma3n_text",
-    "gemma4_assistant": "drafts for another model", "gemma4_unified_assistant": "drafts for another model",
+    **dict.fromkeys(("blt", "cohere_compass_text", "dbrx", "fuyu", "git", "got_ocr2", "phi4_multimodal", "reformer",
+                     "roc_bert"), LARGE),
+    **dict.fromkeys(("moshi", "musicgen", "musicgen_melody"), MUSIC),
+    **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), DRAFT),
+    "gemma3n": "its vision tower is timm's; its decoder is gemma3n_text",
 }
 
 
@@ -265,7 +266,7 @@ def main():
         words = [f"{key} {value:.0e}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()]
         print(f"{kind}: {', '.join(words)}", flush=True)
     if given.kinds: return
-    found = {"command": "tools/measure_statistics.py", "made_on": machine(), "windows": WINDOWS, "length": LENGTH,
+    found = {"command": "tools/measure_statistics.py", "machine": machine(), "windows": WINDOWS, "length": LENGTH,
              "batch_sizes": BATCHES, "rows": rows, "left_out": LEFT_OUT}
     (ROOT/"results"/"statistics.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 

@@ -59,15 +59,23 @@ def _shape_of(function, arguments:tuple, keywords:dict, given:list[Tensor]) -> A
 # %% ../../nbs/core/block_flow.ipynb #1af089f5
 @contextmanager
 def on_meta(model:nn.Module):
-    "A model whose parameters are on the meta device, for a while."
-    lent = [(module, name, parameter) for module in model.modules()
-            for name, parameter in module._parameters.items() if parameter is not None and not parameter.is_meta]
+    "A model whose parameters are on the meta device for a while; whatever its code changes meanwhile is put back."
+    kept = [(module, dict(vars(module)), [(own, dict(own)) for own in _tables(module)]) for module in model.modules()]
     try:
-        for module, name, parameter in lent:
-            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        for module, _, _ in kept:
+            for name, parameter in module._parameters.items():
+                if parameter is None or parameter.is_meta: continue
+                module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
         yield
     finally:
-        for module, name, parameter in lent: module._parameters[name] = parameter
+        for module, attributes, tables in kept:
+            for table, values in [(vars(module), attributes), *tables]:
+                table.clear()
+                table.update(values)
+
+def _tables(module:nn.Module) -> tuple[dict, ...]:
+    "Where a module keeps its parameters, buffers and parts."
+    return module._parameters, module._buffers, module._modules
 
 @contextmanager
 def forwards(blocks, forward_of):
@@ -156,7 +164,7 @@ def watch_calls(
     tokens, parts = torch.arange(4, device=device)[None], [*map(id, model.modules())]
     with on_meta(model), forwards(blocks, forward_of), mode:
         decoder_of(model, blocks[0])(input_ids=tokens, use_cache=False)
-    if parts != [*map(id, model.modules())]: raise _Refused("its decoder exchanges modules while it runs")
+        if parts != [*map(id, model.modules())]: raise _Refused("its decoder exchanges modules while it runs")
     return calls
 
 # %% ../../nbs/core/block_flow.ipynb #4a9592a1

@@ -44,7 +44,8 @@ def _announced(
 ) -> int:        # 0 where none is announced
     "The number of decoder blocks under one of its names."
     names = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-    return next((known[name] for name in names if type(known.get(name)) is int and known[name] > 0), 0)
+    found = next((known[name] for name in names if type(known.get(name)) is int and known[name] > 0), 0)
+    return found or len(known.get("layers_block_type") or ()) # one entry a block, and no count beside it
 
 def number_of_blocks(
     config: dict, # config.json, parsed
