@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'WITHOUT_EFFECT', 'length_of', 'calibration_of', 'windows_at_a_time', 'sample_from', 'need_of',
-           'searching_of', 'check_pairs', 'identity', 'RunJournal', 'calibrated_carry', 'tell_report',
-           'tell_suppression', 'log_layers']
+           'data_free_need', 'conversion_of', 'searching_of', 'check_pairs', 'identity', 'RunJournal',
+           'calibrated_carry', 'tell_report', 'tell_suppression', 'log_layers']
 
 # %% ../nbs/calibrated.ipynb #715f64c0
 import logging
@@ -22,7 +22,7 @@ from .core.block_source import compute_dtype, for_checkpoint
 from .core.block_flow import flow_of
 from .core.decoder_walk import Storage, begin, climb
 from .core.errors import UsageError
-from .core.memory import MemoryNeed, available, fit, give_back, mib, predict, resident
+from .core.memory import MemoryNeed, available, fit, give_back, mib, predict, predict_data_free, resident
 from .core.memory import RANGES, searching_bytes, tight_memory
 from .core.outlier_sizes import model_sizes
 from .core.outlier_suppression_registry import is_blockwise
@@ -115,8 +115,25 @@ def need_of(
     need = predict(plan, tensors, adapter.block_of, source.config, c["num_samples"], length_of(recipe, source.config),
                    c["batch_size"], tuple(wanted), source.dtype.itemsize,
                    model.config._attn_implementation or "eager",
-                   searching_of(plan, tensors, adapter, source.config, suppressors))
+                   searching_of(plan, tensors, adapter, source.config, suppressors), getattr(source, "edited", None),
+                   quantizer.edits_blocks() and "hessian" in wanted, conversion_of(source))
     return fit(need, recipe.max_memory)
+
+def data_free_need(
+    recipe:Recipe,           # Its ceiling
+    plan:Plan,               # What will be done
+    adapter,                 # Of the model's family
+    source:CheckpointSource, # The model
+) -> MemoryNeed:
+    "The predicted peak of a run without calibration, under the ceiling; `UsageError` when it cannot be held."
+    edited = getattr(source, "edited", None)
+    if edited is not None: adapter.skeleton(source.config) # comparing needs transformers' model
+    tensors = {name: (info.dtype, info.shape) for name, info in source.tensors.items()}
+    return fit(predict_data_free(plan, tensors, edited, conversion_of(source)), recipe.max_memory)
+
+def conversion_of(source) -> int:
+    "Bytes that it takes to convert a GGUF as a whole; 0 where nobody has to."
+    return bare(source).conversion_bytes()
 
 def searching_of(plan:Plan, tensors:dict, adapter, config:dict, suppressors:tuple) -> int:
     "Bytes that searches hold beside forward passes: for factors, and for static ranges of least squared error."

@@ -15,12 +15,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 import torch
-from .calibrated import calibrated_carry, calibration_of, identity, length_of, need_of, windows_at_a_time
+from .calibrated import calibrated_carry, calibration_of, data_free_need, identity, length_of, need_of, windows_at_a_time
 from .checkpoint.folders import checked_output, refuse_overlap
 from .checkpoint.source import CheckpointSource, open_any, open_checkpoint
 from .core.errors import UsageError
 from .core.in_memory import adopt, configured, is_adopted
-from .core.memory import MemoryNeed
+from .core.memory import MemoryNeed, tight_memory
 from .core.model_registry import ModelRegistry
 from .core.outlier_suppression_registry import OutlierSuppressionRegistry, is_blockwise, own_apply
 from .core.plan import Plan, make_plan, nbytes
@@ -84,7 +84,7 @@ def look_at_output(
 
 def preflight(
     recipe:Recipe, # model_path and what to do
-) -> tuple[Plan, MemoryNeed|None]: # The plan, and what a calibrated run will hold in memory
+) -> tuple[Plan, MemoryNeed|None]: # The plan, and what the run will hold in memory; None: the whole model
     "Everything that can be refused is refused: the output folder, names, shapes, the calibration text, the ceiling."
     quantizer = make_quantizer(recipe)
     suppressors = make_suppressors(recipe)
@@ -93,7 +93,8 @@ def preflight(
         if output: refuse_overlap(output, original.files())
         source = presented(original, suppressors)[0]
         plan, adapter = plan_checkpoint(recipe, source, quantizer)
-        if not calibrates(quantizer, recipe): return plan, None
+        if not calibrates(quantizer, recipe):
+            return plan, data_free_need(recipe, plan, adapter, source) if streams(quantizer, recipe) else None
         if recipe.calibration["dataset"] != "self": calibration_of(recipe, source)
         else: windows_at_a_time(recipe, source, length_of(recipe, source.config))
         return plan, need_of(recipe, plan, adapter, quantizer, source, suppressors)
@@ -190,12 +191,15 @@ def _run(recipe:Recipe) -> dict:
                     len(plan.ignored))
         if recipe.bits < 16 and not streams(quantizer, recipe):
             return run_in_memory(recipe, original, quantizer, adapter, suppressors, device=device, **shared)
+        need = data_free_need(recipe, plan, adapter, source)
+        if source is not original: tight_memory()
         shared["facts"] |= compare_presented(original, source, suppressors, device)
         if calibrates(quantizer, recipe):
             carry, more = _calibrated(recipe, plan, adapter, quantizer, source, device, shared["facts"], suppressors)
         else:
             shown, tell = with_words(progress, description="quantizing", unit="tensor")
             carry, more = partial(walk, plan, quantizer, source, device=device, progress=shown, tell=tell), {}
+            shared["facts"]["memory"] = {"predicted_peak_mib": -(-need.peak >> 20)}
         promises_step = bool(plan.schemes) and not suppressors and all(map(quantizer.promises_step, plan.schemes))
         return write_export(plan, adapter, carry, promises_step, source.config,
                             Path(recipe.output_path), side_files=source.side_files, **shared, **more)

@@ -129,12 +129,14 @@ def plan_text(
 def memory_text(
     need:Any, # A `core.memory.MemoryNeed`
 ) -> str:     # The predicted peak and its parts
-    "What a calibrated run will take."
-    parts = (("process", "this process before it begins"), ("block", "the largest block"),
-             ("statistics", "of its inputs"), ("forward", "one batch on its way"), ("solving", "factors and copies"),
-             ("reading", "the largest tensor that is copied"), ("searching", "what suppressors and static grids try"),
-             ("hidden", "hidden states, in files" if need.in_files else "hidden states"))
-    rows = [(human_bytes(getattr(need, name)), text) for name, text in parts if name != "searching" or need.searching]
+    "What a run will take at its worst moment, in parts that add up."
+    words = {"process": "this process", "block": "the largest block", "statistics": "of its inputs",
+             "forward": "one batch on its way", "solving": "factors and copies", "rescaling": "statistics, rescaled",
+             "reading": "the largest tensor that is copied", "searching": "what suppressors and static grids try",
+             "hidden": "hidden states", "converting": "the whole model, by transformers",
+             "spare": "what the C library keeps for itself"}
+    rows = [(human_bytes(size), words[name]) for name, size in need.worst_moment().items()]
+    if need.in_files: rows.append(("on disk", f"hidden states, {human_bytes(need.hidden)}"))
     return f"\npeak memory, predicted: {human_bytes(need.peak)}\n" + aligned(rows, 2)
 
 # %% ../nbs/summary.ipynb #b0e5dff4

@@ -3,7 +3,7 @@
     big_checkpoint.py FOLDER [--like 8b] [--layers 13] [--shard-bytes 1000000000]
 
 `--like 3b` has the shapes of a small Llama 3.2: 28 layers, 3.2 billion parameters, the output head tied to the
-embedding.
+embedding. `--like qwen0.5b` and `qwen1.5b` have those of Qwen2.5, with biases.
 
 Weights are one block of random numbers, repeated; so it is written as fast as the disk takes it.
 """
@@ -35,17 +35,24 @@ CONFIG = {
 
 SMALL = {"vocab_size": 128256, "hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 24,
          "tie_word_embeddings": True}
-LIKE = {"8b": (CONFIG, 13), "3b": (CONFIG | SMALL, 28)}
+QWEN = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 151936,
+        "num_key_value_heads": 2, "tie_word_embeddings": True, "rope_theta": 1000000.0}  # fmt: skip
+HALF = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "head_dim": 64}
+MORE = {"hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "head_dim": 128}
+LIKE = {"8b": (CONFIG, 13), "3b": (CONFIG | SMALL, 28), "qwen0.5b": (CONFIG | QWEN | HALF, 24),
+        "qwen1.5b": (CONFIG | QWEN | MORE, 28)}  # fmt: skip
 
 
 def shapes(config, layers):
     "Name and shape of every tensor."
-    hidden, inner, keys = config["hidden_size"], config["intermediate_size"], 128 * config["num_key_value_heads"]
+    hidden, inner, keys = config["hidden_size"], config["intermediate_size"], config["head_dim"] * config["num_key_value_heads"]
     attention = {"q": (hidden, hidden), "k": (keys, hidden), "v": (keys, hidden), "o": (hidden, hidden)}
     mlp = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
     found = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
     for i in range(layers):
         found |= {f"model.layers.{i}.self_attn.{name}_proj.weight": shape for name, shape in attention.items()}
+        if config["model_type"] == "qwen2":
+            found |= {f"model.layers.{i}.self_attn.{name}_proj.bias": attention[name][:1] for name in "qkv"}
         found |= {f"model.layers.{i}.mlp.{name}_proj.weight": shape for name, shape in mlp.items()}
         found |= {f"model.layers.{i}.{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
     head = {} if config["tie_word_embeddings"] else {"lm_head.weight": (config["vocab_size"], hidden)}

@@ -163,6 +163,10 @@ class CheckpointSource:
         if info.file not in self._files: self._files[info.file] = open_shard(self.path / info.file)
         return read_tensor(self._files[info.file], info)
 
+    def conversion_bytes(self)->int:
+        "What must be held to convert the whole model before its first tensor can be read; nothing here."
+        return 0
+
     def files(self)->list: # of Path
         "What must stay while this is read: the folder, what was given, each shard and each side file."
         shards = {info.file for info in self.tensors.values()}
@@ -312,6 +316,12 @@ def _write_weights(self:GGUFSource, folder:Path):
     "All tensors, one after the other."
     if self.model.whole: return self._as_a_whole()
     write_whole(self, folder)
+
+@patch
+def conversion_bytes(self:GGUFSource)->int:
+    "transformers' float32 tensors and its model, and an object for each token of the vocabulary."
+    tokens = self.model.header.lengths.get("tokenizer.ggml.tokens", 0)
+    return 2 * sum(i.nbytes for i in self.tensors.values()) + 4096 * tokens if self.model.whole else 0
 
 # %% ../../nbs/checkpoint/source.ipynb #143b0efb
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)

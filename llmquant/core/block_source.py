@@ -60,7 +60,7 @@ def fill(self:BlockSource,
         for name, parameter in list(part._parameters.items()):
             full = f"{where}.{name}" if where else name
             if parameter is None or not keep(full): continue
-            value = self.read(full, parameter).to(self.device, self.dtype, copy=True)
+            value = self.read(full, parameter).to(self.device, self.dtype, copy=not parameter.is_meta)
             self.lent[part, name] = parameter
             part._parameters[name] = nn.Parameter(value, requires_grad=False)
         for name, buffer in list(part._buffers.items()):
@@ -270,7 +270,7 @@ def logits(self:BlockSource,
 def _fill_head(self:BlockSource, head:nn.Module, embedding:nn.Module, table:nn.Parameter):
     "Fill the head; where it is tied, with the whole embedding."
     if head.weight is not table: return self.fill(head)
-    weight = self.read(f"{self.names[id(embedding)]}.weight", table).to(self.device, self.dtype, copy=True)
+    weight = self.read(f"{self.names[id(embedding)]}.weight", table).to(self.device, self.dtype, copy=not table.is_meta)
     self.lent[head, "weight"] = table
     head._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
 

@@ -183,6 +183,7 @@ def pass_on(plan:Plan, names:Iterable[str], source, sink):
         check_finite(name, tensor, infinite=True)
         take = sink.edit if name in getattr(source, "edited", ()) else sink.keep
         take(name, cast(name, tensor, plan.kept[name][0]))
+        del tensor # before the next one comes
 
 def deliver(plan:Plan, found:list, values:dict[str, Tensor], sink) -> list[LayerResult]:
     "Hand a block's results to the sink, from the CPU."

@@ -191,9 +191,11 @@ def walk(
             check_finite(name, tensor, infinite=True)
             take = sink.edit if name in getattr(source, "edited", ()) else sink.keep
             take(name, cast(name, tensor, plan.kept[name][0]))
+            del tensor # before the next one comes
             continue
         quantized, result = quantize_layer(quantizer, layers[name], tensor, device)
         sink.put(layers[name], quantized, result)
+        del tensor, quantized
         results.append(result)
         tell([result])
     return results
