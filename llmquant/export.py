@@ -9,10 +9,11 @@ __all__ = ['logger', 'NOT_VERIFIED', 'PICTURE', 'ExportSink', 'export_config', '
            'adopt_marked']
 
 # %% ../nbs/export.ipynb #2e42f963
-import json, logging, platform, resource, tempfile, time
+import json, logging, platform, tempfile, time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -102,8 +103,10 @@ class ExportedModel:
         self.config.quantization_config = config.get("quantization_config", {})
 
 # %% ../nbs/export.ipynb #fea45993
-def peak_memory_mib() -> int:
+def peak_memory_mib() -> int|None: # None where the platform does not count
     "The largest resident size of this process so far, in MiB."
+    if not find_spec("resource"): return None
+    import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if platform.system() == "Linux" else 2**20)
 
 # %% ../nbs/export.ipynb #2dd1fd79
@@ -329,7 +332,9 @@ def export_model(
     if not is_adopted(model): adopt_marked(model, model_config)
     plan, layers, tensors = plan_of_model(model, adapter, container, format)
     plan.check_servable()
-    facts = facts or {"model": {"path": str(source) if source else None, "adapter": adapter.model_type}}
+    commit = getattr(model.config, "_commit_hash", None) # of a model that transformers took from the hub
+    facts = facts or {"model": {"path": str(source) if source else None, "adapter": adapter.model_type,
+                                **({"commit": commit} if commit else {})}}
     if source and (changes := changed_keys(model, read_json(Path(source)/"config.json"))):
         facts = {**facts, "config_changes": changes}
     if said := getattr(model, "suppressed_by", None): facts = {**facts, "outlier_suppression": said}

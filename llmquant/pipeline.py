@@ -182,8 +182,9 @@ def _run(recipe:Recipe) -> dict:
         plan, adapter = plan_checkpoint(recipe, source, quantizer)
         device = pick_device(recipe.device_map)
         model = {"path": str(recipe.model_path), "model_type": source.config.get("model_type"),
-                 "adapter": adapter.model_type, "dtype": dtype_name(source.dtype)}
-        shared = dict(facts={"recipe": recipe_to_dict(recipe), "model": model}, verify=_prover(recipe, plan),
+                 "adapter": adapter.model_type, "dtype": dtype_name(source.dtype),
+                 **({"commit": original.commit} if original.commit else {})}
+        shared = dict(facts={"recipe": recipe_to_dict(recipe), "model": model}, verify=_prover(recipe, original),
                       max_shard_bytes=recipe.max_shard_size, overwrite=recipe.overwrite, protect=source.files(),
                       resume=recipe.resume)
         logger.info("%s: %d layers to %s, %d left in float",
@@ -223,11 +224,11 @@ def require_vllm():
                          "llmquant verify where it is")
 
 # %% ../nbs/pipeline.ipynb #fb15092f
-def _prover(recipe:Recipe, plan:Plan):
+def _prover(recipe:Recipe, original:CheckpointSource):
     "The proof to run on the finished folder, or None when nobody asked."
     if not recipe.verify: return None
     from llmquant.evaluation.proof import verify
-    return partial(verify, reference=recipe.model_path, require_vllm=True)
+    return partial(verify, reference=original.origin, require_vllm=True)
 
 # %% ../nbs/pipeline.ipynb #d0edceed
 def quantize(

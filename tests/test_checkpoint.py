@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -245,6 +246,33 @@ def test_peak_memory_and_cpu_as_users_have_it(half_a_gigabyte, tmp_path):
     assert read_cpu < 2.5 and copy_cpu < 5  # generous: machines are shared
 
 
+ELSEWHERE = """
+import os, sys
+for name in ("fcntl", "resource"): sys.modules[name] = None
+for name in ("preadv", "pread", "pwrite", "pwritev", "O_DIRECTORY"): delattr(os, name)
+import llmquant
+report = llmquant.quantize(sys.argv[1], sys.argv[2], bits=4, group_size=32)
+assert report["peak_memory_mib"] is None
+llmquant.quantize(sys.argv[1], sys.argv[2], bits=4, group_size=32, overwrite=True)
+"""
+
+
+def test_a_platform_with_fewer_calls(tmp_path):
+    "No `fcntl`, `resource`, `preadv`, `pwrite`, and no folder can be opened: the same bytes, and nothing is left."
+    import tiny
+
+    from llmquant import quantize
+    tiny.make("llama", tmp_path / "base")
+    quantize(tmp_path / "base", tmp_path / "here", bits=4, group_size=32)
+    done = subprocess.run([sys.executable, "-c", ELSEWHERE, tmp_path / "base", tmp_path / "there"], capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+    assert left(tmp_path) == ["base", "here", "there"] and left(tmp_path / "here") == left(tmp_path / "there")
+    for path in (tmp_path / "here").iterdir():
+        if path.suffix == ".yaml": continue  # it holds times
+        assert path.read_bytes() == (tmp_path / "there" / path.name).read_bytes()
+
+
 def left(folder): return sorted(path.name for path in folder.iterdir())
 
 
@@ -420,6 +448,27 @@ def test_the_model_is_protected(sharded, tmp_path, output):
     assert (tmp_path / "store/blob").exists() and {*left(tmp_path)} - {"quantization_report.yaml"} == {"model", "store"}
 
 
+def test_a_name_that_no_file_system_takes(tmp_path):
+    "Longer than 255 bytes once `.partial-...` stands behind it, or by itself: one sentence, and nothing is left."
+    for size in (221, 255, 300):
+        with pytest.raises(UsageError, match="its name is longer than 220 bytes"):
+            ExportWriter(tmp_path / "new" / ("n" * size), layout_of(TENSORS))
+    assert left(tmp_path) == []
+    ExportWriter(tmp_path / ("n" * 220), layout_of(TENSORS)).discard()
+
+
+@pytest.mark.parametrize("path", ["n" * 300, "/".join(["d" * 200] * 30), "a\0b"], ids=["name", "path", "zero byte"])
+@pytest.mark.parametrize("command", ["info", "verify", "config", "output"])
+def test_a_path_that_is_none(path, command, tmp_path, capsys):
+    "Whatever reads or writes it: exit status 2 and one line."
+    from llmquant.cli import main
+    words = {"info": ["info", path], "verify": ["verify", path, "--reference", str(tmp_path)],
+             "config": ["check", "--model-path", str(tmp_path), "--config", path],
+             "output": ["check", "--model-path", str(tmp_path), "--output-path", path]}
+    assert main(words[command]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
 @pytest.mark.parametrize("path", ["n" * 300, None, 3, b"bytes"])
 def test_absurd_paths(path):
     with pytest.raises(UsageError, match="is no path"): open_checkpoint(path)
@@ -451,8 +500,45 @@ def test_hub_name_online(sharded, tmp_path, monkeypatch):
     with open_checkpoint("org/name") as source:
         assert source.tensor("model.layers.10.w").equal(TENSORS["model.layers.10.w"])
         assert [path.name for path in source.side_files] == ["tokenizer.json"]
-    assert asked["name"] == "org/name" and "*.safetensors" in asked["allow_patterns"]
+    assert asked["name"] == "org/name" and asked["revision"] is None and "*.safetensors" in asked["allow_patterns"]
     assert not any(pattern.endswith((".bin", ".pt", ".pth")) or pattern == "*" for pattern in asked["allow_patterns"])
+
+
+COMMITS = {"main": "0123456789abcdef" * 2 + "01234567", "v2": "fedcba9876543210" * 2 + "fedcba98"}
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    "A cache of the hub with two revisions of one model, read by the hub's own library without a network."
+    import tiny
+    place = tmp_path / "hub/models--org--name"
+    for seed, (revision, commit) in enumerate(COMMITS.items()):
+        torch.manual_seed(seed)
+        tiny.build("llama", layers=1, dtype=torch.float16).save_pretrained(place / "snapshots" / commit)
+        (place / "refs").mkdir(exist_ok=True)
+        (place / "refs" / revision).write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    return place
+
+
+@pytest.mark.parametrize(("name", "revision"), [("org/name", "main"), ("org/name@v2", "v2"),
+                                                (f"org/name@{COMMITS['v2']}", "v2")])
+def test_a_revision_is_asked_for_and_its_commit_is_reported(hub, name, revision, tmp_path):
+    from llmquant import quantize
+    report = quantize(name, tmp_path / "out", bits=4, group_size=32)
+    assert report["model"]["path"] == name and report["model"]["commit"] == COMMITS[revision]
+    saved = yaml.safe_load((tmp_path / "out/quantization_report.yaml").read_text())
+    assert saved["model"] == report["model"]
+    folder = quantize(hub / "snapshots" / COMMITS[revision], tmp_path / "again", bits=4, group_size=32)
+    assert folder["proof"]["digests"] == report["proof"]["digests"]
+    with pytest.raises(UsageError, match="^org/name@v3: is no folder here, and the hub did not give it"):
+        open_checkpoint("org/name@v3")
+
+
+def test_a_folder_has_no_commit(sharded):
+    with open_checkpoint(sharded) as source: assert source.commit is None
 
 
 def test_gguf():

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from ..core.disk import read_some
 from ..core.errors import UsageError
 
 # %% ../../nbs/checkpoint/shard.ipynb #4677b3fe
@@ -55,7 +56,7 @@ def _fill_(
     "Fill `buffer` from `offset` on; a file that ends too early is refused."
     done = 0
     while done < len(buffer):
-        got = os.preadv(file.fileno(), [buffer[done:]], offset + done)
+        got = read_some(file, buffer[done:], offset + done)
         if not got: raise UsageError(f"{file.name}: truncated at byte {offset + done}; fetch the file again")
         done += got
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SINGLE', 'INDEX', 'logger', 'DEPTH', 'SCALES', 'read_json', 'read_model_config', 'main_dtype', 'CheckpointSource',
-           'write_whole', 'fingerprint', 'GGUFSource', 'find_coded', 'open_checkpoint', 'open_any']
+           'write_whole', 'fingerprint', 'GGUFSource', 'commit_of', 'find_coded', 'open_checkpoint', 'open_any']
 
 # %% ../../nbs/checkpoint/source.ipynb #b0d39096
 import hashlib
@@ -132,8 +132,8 @@ class CheckpointSource:
         origin=None, # what the user gave, for messages, when that was something else
     ):
         self.path, self.origin = Path(path), origin or path
-        if not self.path.is_dir():
-            problem = "is no folder" if self.path.exists() else "does not exist"
+        if not os.path.isdir(self.path): # False for names that no file system takes, where Path.is_dir raises
+            problem = "is no folder" if os.path.exists(self.path) else "does not exist"
             raise UsageError(f"{self.origin}: {problem}; give the folder of a checkpoint or an export")
         self.config = read_model_config(self.path / "config.json")
         self.tensors = self.stored = _read_headers(self.path)
@@ -141,6 +141,7 @@ class CheckpointSource:
         self.dtype = main_dtype(self.tensors, self.origin)
         self.side_files = find_side_files(self.path)
         self._files, self.digests = {}, None # a dictionary here gets the SHA-256 of each tensor that is read
+        self.commit = None # of the hub, see `commit_of`
 
     def tensor(self,
         name:str, # one of `tensors`
@@ -324,22 +325,31 @@ def conversion_bytes(self:GGUFSource)->int:
     return 2 * sum(i.nbytes for i in self.tensors.values()) + 4096 * tokens if self.model.whole else 0
 
 # %% ../../nbs/checkpoint/source.ipynb #143b0efb
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w.-]+(?:/[\w.-]+)*))?", re.ASCII)
 _FROM_HUB = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "*.md",
              "LICENSE*", "NOTICE*"]
 _NOT_FROM_HUB = ["original/*", "onnx/*"]
 
+def commit_of(
+    place:Path, # a folder or a file
+)->str|None: # 40 hexadecimal digits; None for what is not in the hub's cache
+    "The commit that a snapshot of the hub is."
+    for part in (place, *place.parents):
+        if part.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", part.name): return part.name
+    return None
+
 # %% ../../nbs/checkpoint/source.ipynb #8ccca070
 def _download(
-    name:str, # "org/name"
+    given:str, # "org/name" or "org/name@revision"
 )->Path: # folder in the hub's local cache
     "Fetch a model from the hub, or take it from the cache."
     import huggingface_hub
-    given = dict(allow_patterns=_FROM_HUB, ignore_patterns=_NOT_FROM_HUB)
-    try: return Path(huggingface_hub.snapshot_download(name, **given))
+    name, revision = _HUB_NAME.fullmatch(given).groups()
+    patterns = dict(allow_patterns=_FROM_HUB, ignore_patterns=_NOT_FROM_HUB)
+    try: return Path(huggingface_hub.snapshot_download(name, revision=revision, **patterns))
     except (OSError, huggingface_hub.errors.HFValidationError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise UsageError(f"{name}: is no folder here, and the hub did not give it ({type(error).__name__}: {reason}); "
+        raise UsageError(f"{given}: is no folder here, and the hub did not give it ({type(error).__name__}: {reason}); "
                          "give the path of a checkpoint, or go online for a hub name") from None
 
 # %% ../../nbs/checkpoint/source.ipynb #90447ee7
@@ -422,7 +432,7 @@ def _refuse_unusable(
 
 # %% ../../nbs/checkpoint/source.ipynb #012fae74
 def open_checkpoint(
-    path, # folder of a safetensors checkpoint, .gguf file or its folder, or a hub name "org/name"
+    path, # folder of a safetensors checkpoint, .gguf file or its folder, or "org/name", "org/name@revision" of the hub
     trust_remote_code:bool=False, # allow a model whose architecture is code from the hub
 )->CheckpointSource: # ready to read; every header was checked
     "Open a model that is to be quantized."
@@ -434,10 +444,12 @@ def open_checkpoint(
                          "checkpoint folder, a .gguf file or a hub name (org/name)") from None
     if not there:
         if not _HUB_NAME.fullmatch(str(path)):
-            raise UsageError(f"{path}: does not exist; give a checkpoint folder, a .gguf file or a hub name (org/name)")
+            raise UsageError(f"{path}: does not exist; give a checkpoint folder, a .gguf file or a hub name (org/name "
+                             "or org/name@revision)")
         place = _download(str(path))
     place = _locate(place)
     source = GGUFSource(place) if place.suffix == ".gguf" and place.is_file() else CheckpointSource(place)
+    source.commit = commit_of(place)
     _refuse_unusable(source, trust_remote_code)
     return source
 
@@ -447,7 +459,8 @@ def open_any(
 )->CheckpointSource: # whatever its weights are
     "Open a model that is only looked at."
     place = Path(path)
-    if place.is_dir() and not (place / "config.json").exists():
+    if os.path.isdir(place) and not (place / "config.json").exists():
         ggufs = sorted(place.glob("*.gguf"))
         if len(ggufs) == 1: place = ggufs[0]
-    return GGUFSource(place) if place.suffix == ".gguf" and place.is_file() else CheckpointSource(place, origin=path)
+    if place.suffix == ".gguf" and os.path.isfile(place): return GGUFSource(place)
+    return CheckpointSource(place, origin=path)

@@ -7,6 +7,7 @@ __all__ = ['REPORT', 'FIXED', 'MAY_DIFFER', 'damaged', 'is_shape', 'report_objec
            'layout_of_all', 'check_inputs', 'left_in_float', 'check_quantization', 'difference', 'check_config']
 
 # %% ../../nbs/evaluation/proof_config.ipynb #8e58a03a
+import os
 import json
 from pathlib import Path
 
@@ -61,8 +62,8 @@ def report_objection(report,  # as parsed
 def read_report(export: Path) -> dict:
     "What `quantize` wrote down about an export."
     path = Path(export)/REPORT
-    if not Path(export).is_dir():
-        raise UsageError(f"{export}: {'is a file' if Path(export).exists() else 'does not exist'}; "
+    if not os.path.isdir(export): # False for names that no file system takes
+        raise UsageError(f"{export}: {'is a file' if os.path.exists(export) else 'does not exist'}; "
                          "give the folder of an export")
     if not path.is_file():
         raise UsageError(f"{export}: holds no {REPORT}, so there is nothing to compare it with; "

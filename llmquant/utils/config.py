@@ -208,7 +208,7 @@ def _check_paths(
     try:
         if not model or not output or not Path(model).exists(): return
         model, output = Path(model).resolve(), Path(output).resolve()
-    except (OSError, RuntimeError) as error: # RuntimeError: a loop of links
+    except (OSError, RuntimeError, ValueError) as error: # RuntimeError: a loop of links; ValueError: a zero byte
         raise UsageError(f"model_path or output_path is no path ({error}); give the paths of folders") from None
     if output != model and output.is_relative_to(model):
         raise UsageError(f"output_path {output} lies inside the model's folder; choose a folder beside it")

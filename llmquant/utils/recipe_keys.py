@@ -236,11 +236,12 @@ _OUTPUT = (
         choices=("auto", "dense", "int4"), flag="--container"),
     Key("max_shard_size", str, 5 * 10**9, "largest file, such as 5GB", flag="--max-shard-size", read=read_size),
     Key("verify", bool, False, "prove the export before it takes its name", flag="--verify"),
-    Key("overwrite", bool, False, "replace an output folder that exists", flag="--overwrite"),
+    Key("overwrite", bool, False, "replace an export that exists, and no other folder", flag="--overwrite"),
     Key("resume", bool, True, "go on with a run of the same recipe that was stopped", flag="--resume"),
     Key("quiet", bool, False, "say nothing that is not at least a warning: no progress, no summary", flag="--quiet"))
 _COMMAND_LINE = (
-    Key("model_path", str, None, "checkpoint folder, GGUF file or hub name", flag="--model-path"),
+    Key("model_path", str, None, "checkpoint folder, GGUF file or hub name (org/name, org/name@revision)",
+        flag="--model-path"),
     Key("output_path", str, None, "folder to write", flag="--output-path"),
     Key("verbose", bool, False, "debug logging", flag="--verbose"))
 

@@ -94,6 +94,8 @@ def read_yaml(
     except OSError as error: raise UsageError(f"{path}: {error.strerror}; give a YAML file that can be read") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+    except ValueError as error: # a zero byte
+        raise UsageError(f"{path!r}: is no path ({error}); give a YAML file") from None
     document, lines = parse_yaml(text, str(path))
     if document is None: return {}, {}
     if not isinstance(document, dict):
