@@ -66,8 +66,8 @@ def not_ours(
     output, # a folder as the user gave it
 )->UsageError: # to be raised
     "The refusal to replace what is no export."
-    return UsageError(f"{output}: is not empty and holds no export of ours ({REPORT}), and --overwrite replaces nothing "
-                      "else; give a missing or empty folder, or delete this one yourself")
+    return UsageError(f"{output}: is not empty and holds no export of ours ({REPORT}), and --overwrite replaces "
+                      "nothing else; give a missing or empty folder, or delete this one yourself")
 
 # %% ../../nbs/checkpoint/folders.ipynb #1208360a
 def refuse_overlap(
