@@ -248,9 +248,11 @@ class Bases:
 
 def commands(model, scratch, draw, bases):
     "Commands that read a checkpoint: always cheap ones, sometimes a run."
-    width = ["--bits", "4", "--group-size", "32"]
+    width, folder = ["--bits", "4", "--group-size", "32"], model
     model, out = ["--model-path", str(model)], ["--output-path", str(scratch / "out")]
     found = [["info", model[1]], ["check", *model, *width]]
+    if draw.random() < 0.2: found.append(folder)
+    if draw.random() < 0.2: found.append(["verify", str(bases.folder / bases.exports[0]), "--reference", model[1]])
     if draw.random() < 0.4: found.append(["quantize", *model, *out, *width])
     elif draw.random() < 0.5:
         verb, run = draw.choice(["quantize", "check", "check"]), draw.choice(RUNS)
@@ -351,8 +353,7 @@ def gguf(bases, scratch, draw):
     file = scratch / "model.gguf"
     os.link(bases.folder / "model.gguf", file)
     what = change_gguf(file, draw)
-    found = commands(file, scratch, draw, bases)
-    return Input(what, [*found, file] if draw.random() < 0.3 else found)
+    return Input(what, commands(file, scratch, draw, bases))
 
 
 KINDS = {made.__name__: made for made in (config, recipe, command_line, header, tensor, tokenizer, text, export, gguf)}

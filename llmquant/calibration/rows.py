@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .text import slices
-from ..core.errors import UsageError, closest
+from ..core.errors import UsageError, closest, library_errors
 
 # %% ../../nbs/calibration/rows.ipynb #7ac80a03
 CONVERSATIONS = ("messages", "conversations")  # columns that are looked for, in this order, before "text"
@@ -45,7 +45,7 @@ def as_messages(
     messages = []
     for turn in turns:
         if isinstance(turn, dict) and "from" in turn and "value" in turn:
-            turn = {"role": _ROLES.get(turn["from"], turn["from"]), "content": turn["value"]}
+            turn = {"role": _ROLES.get(str(turn["from"]), turn["from"]), "content": turn["value"]}
         if not isinstance(turn, dict) or not isinstance(turn.get("role"), str) or "content" not in turn:
             raise UsageError(f"{where} has the turn {str(turn)[:60]}; give each turn a role and its content")
         if turn["content"] is None and not turn.get("tool_calls"):
@@ -61,15 +61,11 @@ def conversation_text(
     where: str,  # the row, for the message
 ) -> str:  # with all markers
     "What the model sees of a conversation, by its chat template; `UsageError` when it has none or refuses."
-    from jinja2.exceptions import TemplateError
-
     if not tokenizer.chat_template:
         raise UsageError(f"{where} is a conversation, and the model's tokenizer has no chat template; give plain text "
                          "(calibration.column names another column), or the instruction-tuned model")
-    try:
+    with library_errors(f"{where}: the model's chat template refuses it", "leave such rows out"):
         return tokenizer.apply_chat_template(messages, tokenize=False)
-    except (TemplateError, TypeError, ValueError) as error:
-        raise UsageError(f"{where}: the model's chat template refuses it ({error}); leave such rows out") from None
 
 # %% ../../nbs/calibration/rows.ipynb #3d2eee25
 @dataclass

@@ -18,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TextIO
 
-from ..core.errors import UsageError
+from ..core.errors import UsageError, library_errors, one_line
 
 # %% ../../nbs/calibration/text.ipynb #a01d53c3
 def demo_text() -> tuple[str, str]:  # the part that calibrates, the part that measures
@@ -141,8 +141,12 @@ def json_rows(
         file.seek(0)
         try:
             yield from (_array_rows if start == "[" else _line_rows)(file, path)
+        except (UsageError, UnicodeDecodeError):
+            raise
         except RecursionError:
             raise UsageError(f"calibration file {path}: its JSON is nested too deeply; write flat rows") from None
+        except ValueError as error:  # a number of thousands of digits
+            raise UsageError(f"calibration file {path}: cannot be read ({one_line(error)}); write text rows") from None
 
 # %% ../../nbs/calibration/text.ipynb #86c70bee
 def need_datasets(
@@ -165,12 +169,9 @@ def parquet_rows(
     with TemporaryDirectory(ignore_cleanup_errors=True) as cache:
         link = Path(cache) / "rows.parquet"
         link.symlink_to(path.resolve())
-        try:
+        with library_errors(f"calibration file {path}: is no Parquet that can be read", "write it again"):
             yield from ParquetDatasetReader(str(link), split=Split.TRAIN, streaming=True, cache_dir=cache,
                                             batch_size=64).read()
-        except (OSError, ValueError) as error:
-            raise UsageError(f"calibration file {path}: is no Parquet that can be read "
-                             f"({str(error).splitlines()[0].rstrip('.')}); write it again") from None
 
 # %% ../../nbs/calibration/text.ipynb #b2e785db
 def _reach_hub(

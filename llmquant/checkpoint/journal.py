@@ -59,14 +59,23 @@ def differences(
     return "; ".join(parts[:3]) + (f"; and {len(parts) - 3} more" if parts[3:] else "")
 
 # %% ../../nbs/checkpoint/journal.ipynb #47e5c01d
+def _tells_of_block(
+    value, # a parsed line
+)->bool:
+    "Whether a line is what `finish_block` writes."
+    return isinstance(value, dict) and type(value.get("block")) is int and isinstance(value.get("inputs", {}), dict)
+
 def read_blocks(
     path:Path, # of blocks.jsonl
 )->tuple: # (list of dictionaries, bytes that they take)
     "The whole lines of a journal."
     *lines, _ = path.read_bytes().split(b"\n")
     try: blocks = [json.loads(line) for line in lines]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: is damaged ({error}); discard the unfinished run with --no-resume") from None
+    if odd := [line for line, block in enumerate(blocks, 1) if not _tells_of_block(block)]:
+        raise UsageError(f"{path}: is damaged (line {odd[0]} tells of no block); discard the unfinished run with "
+                         "--no-resume")
     return blocks, sum(len(line) + 1 for line in lines)
 
 # %% ../../nbs/checkpoint/journal.ipynb #149ee761
