@@ -419,7 +419,7 @@ def test_overwrite_is_for_exports_alone(tmp_path, holds):
         path = tmp_path / "out" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    with pytest.raises(UsageError, match="holds no export of ours .quantization_report.yaml., and --overwrite replaces"):
+    with pytest.raises(UsageError, match="holds no export of ours .quantization_report.yaml., and --overwrite"):
         ExportWriter(tmp_path / "out", layout_of(TENSORS), overwrite=True)
     assert {name: (tmp_path / "out" / name).read_text() for name in holds} == holds and left(tmp_path) == ["out"]
 

@@ -110,15 +110,16 @@ ODD = [{"model": {"device_map": "banana"}}, {"model": {"trust_remote_code": 1}},
        {"output": {"save_format": "bin"}}, {"output": {"overwrite": "yes"}}, {"output": ["format"]},
        {"quantization": {"layer_wise": 3}}, {"quantization": {"bits": "four"}}, {"quantization": {"group_size": -7}},
        {"quantization": {"gptq": {"dampening": 1}}}, {"quantization": {"smooth_quant": {"alpha": 1.5}}},
-       {"quantization": {"hqq": [1]}}, {"quantization": {"minmax": {"symmetric": "no"}}}, {"quantization": {"symetric": True}},
-       {"quantization": [4]}, {"quantisation": {"bits": 4}, "quantization": {}}, {"quantization": {"overrides": "all"}}]
+       {"quantization": {"hqq": [1]}}, {"quantization": {"minmax": {"symmetric": "no"}}},
+       {"quantization": {"symetric": True}}, {"quantization": [4]}, {"quantization": {"overrides": "all"}},
+       {"quantisation": {"bits": 4}, "quantization": {}}]
 
 
 @pytest.mark.parametrize("config", ODD, ids=str)
 def test_odd_values_are_refused_with_the_recipes_sentence(config):
-    model = tiny.build("llama", layers=1)
+    model, minmax = tiny.build("llama", layers=1), QuantizerRegistry.get("minmax")()
     with pytest.raises(UsageError) as recipe: resolve(config=config)
-    with pytest.raises(UsageError) as memory: QuantizerRegistry.get("minmax")().quantize(model, group_size=32, config=config)
+    with pytest.raises(UsageError) as memory: minmax.quantize(model, group_size=32, config=config)
     assert str(recipe.value) == str(memory.value) and not linears(model)
 
 

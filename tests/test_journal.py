@@ -205,7 +205,7 @@ def interrupted(folder, at=2, error=None, **options):
                          ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("at", [0, 2, BLOCKS])
 def test_whatever_ends_it(tmp_path, reference, error, at):
-    "With finished blocks the folder stays and the error says so; without, nothing is left. What is complete has a name."
+    "With finished blocks the folder stays and the error says so; without, nothing is left. What is complete is kept."
     error = type(error)(*error.args)
     partial, caught = interrupted(tmp_path, at, error)
     assert caught is error
@@ -282,7 +282,7 @@ TWO_RUNS = {"containers, where every run is process 1": 1, "hosts, where this is
 @pytest.mark.parametrize("first", [export, export_at_once])
 @pytest.mark.parametrize("second", [export, export_at_once])
 def test_two_runs_with_one_process_number(tmp_path, number, first, second, monkeypatch):
-    "A run that lives keeps its folder, whatever its number: the lock counts. The second to publish stays as OUT.failed."
+    "A run that lives keeps its folder, whatever its number: the lock counts. The second to publish is OUT.failed."
     monkeypatch.setattr(os, "getpid", lambda: number)
     ready, go = os.pipe(), os.pipe()
     def wait(block):

@@ -259,7 +259,7 @@ def test_a_failed_proof_of_the_pipeline(folder, tmp_path, monkeypatch):
     assert sorted(path.name for path in Path(tmp_path).iterdir()) == ["out.failed"]
 
 
-@pytest.mark.parametrize("error", [UsageError("the norm is missing"), RuntimeError("a bug\nof two lines"), OSError(5, "gone"),
+@pytest.mark.parametrize("error", [UsageError("no norm"), RuntimeError("a bug\nof two lines"), OSError(5, "gone"),
                                    KeyboardInterrupt(2), ProofError("too far"), MemoryError()],
                          ids=lambda error: type(error).__name__)
 def test_whatever_ends_a_verification_the_export_stays(error, folder, tmp_path, monkeypatch, capsys):

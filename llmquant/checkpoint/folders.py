@@ -134,11 +134,11 @@ def _begin(self:PartialFolder,
     "Make a new folder with its lock."
     self._made = [parent for parent in self.output.parents if not parent.exists()] # the deepest first
     self.output.parent.mkdir(parents=True, exist_ok=True)
-    for self.folder in free_names(self.output):
-        try: self.folder.mkdir()
+    for folder in free_names(self.output):
+        try: folder.mkdir()
         except FileExistsError: continue
-        self._open = True
-        try: self.journal = Journal.begin(self.folder, identity)
+        self.folder, self._open = folder, True
+        try: self.journal = Journal.begin(folder, identity)
         except (FileNotFoundError, BlockingIOError):
             if not self.output.parent.is_dir(): raise
         else: return

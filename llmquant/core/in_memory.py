@@ -179,8 +179,8 @@ def sections_of(
     section = lambda name: dict(found) if isinstance(found := config.get(name), Mapping) else {} # null, "pass"
     model = section("model")
     if section("output").get("verify"):
-        raise UsageError("output.verify: true, and this call writes nothing that could be verified; leave it out, save the "
-                         "model and run llmquant verify on the export, or quantize the folder (llmquant.quantize)")
+        raise UsageError("output.verify: true, and this call writes nothing that could be verified; leave it out, save "
+                         "the model and run llmquant verify on the export, or quantize the folder (llmquant.quantize)")
     if model.get("max_memory") not in (None, "none"):
         raise UsageError("model.max_memory: this model is in memory already, and no ceiling can be held for it; leave "
                          "the key out, or quantize the folder (llmquant.quantize)")

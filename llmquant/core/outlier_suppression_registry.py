@@ -107,8 +107,8 @@ def _check_suppressor(name:str, cls:type):
     if cls.scope not in ("block", "model"):
         raise UsageError(f"outlier suppressor {name!r}: scope {cls.scope!r} is not one of block, model")
     if cls.scope == "model" and not defines(cls, "present", "apply"):
-        raise UsageError(f"outlier suppressor {name!r}: {cls.__name__} has scope 'model' and defines neither present nor "
-                         "apply; apply_to_pair and apply_to_block belong to scope 'block'")
+        raise UsageError(f"outlier suppressor {name!r}: {cls.__name__} has scope 'model' and defines neither present "
+                         "nor apply; apply_to_pair and apply_to_block belong to scope 'block'")
 
 # %% ../../nbs/core/outlier_suppression_registry.ipynb #55c27230
 def is_blockwise(

@@ -252,9 +252,10 @@ def untied_head(
     other += [key for key in {**source.config, **view.config}
               if source.config.get(key) != view.config.get(key) and key not in known]
     if not other: return head
-    raise UsageError(f"outlier suppressor {suppressor.name} presents other tensors, shapes or settings than the model's "
-                     f"({', '.join(map(str, other[:3]))}{', ...' if other[3:] else ''}), which a model in memory cannot "
-                     "take; quantize the checkpoint's folder (llmquant.quantize)")
+    some = f"{', '.join(map(str, other[:3]))}{', ...' if other[3:] else ''}"
+    raise UsageError(f"outlier suppressor {suppressor.name} presents other tensors, shapes or settings than the "
+                     f"model's ({some}), which a model in memory cannot take; quantize the checkpoint's folder "
+                     "(llmquant.quantize)")
 
 @torch.no_grad()
 def present_model(
