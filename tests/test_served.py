@@ -3,6 +3,8 @@ ones. And what a real server does by default with 4-bit weights on a CPU with AM
 """
 import importlib.util
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -136,3 +138,27 @@ def test_check_and_the_report_say_what_this_machine_serves_otherwise(folder, tmp
     assert said["W4", "0"] == said["static", "0"] == []
     assert said["W4", "1"] == (expected if expected is not None else [W4A8_NOTE])
     assert said["static", "1"] == (expected if expected is not None else [STATIC_NOTE])
+
+
+TILES = """
+import ctypes, importlib, sys
+def allowed():   # bit 18 of what the system lets this process use: the tiles' data, by arch_prctl(ARCH_GET_XCOMP_PERM)
+    mask = ctypes.c_uint64()
+    assert ctypes.CDLL(None).syscall(158, 0x1022, ctypes.byref(mask)) == 0
+    return mask.value >> 18 & 1
+module, name = sys.argv[1:]
+function = getattr(importlib.import_module(module), name)
+before = allowed()
+function()
+print("ANSWER", before, allowed())
+"""
+
+
+@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="needs a CPU with AMX")
+@pytest.mark.parametrize("module, name", [("llmquant.evaluation.kernels", "prepare_process"),
+                                          ("llmquant.vllm_plugin", "register")])
+def test_the_system_is_asked_for_tiles(module, name):
+    "Nobody else does it before vLLM's 4-bit kernel uses them."
+    if name == "register": pytest.importorskip("vllm")
+    done = subprocess.run([sys.executable, "-c", TILES, module, name], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "ANSWER 0 1"
