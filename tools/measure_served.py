@@ -144,9 +144,8 @@ def main():
     bench = bench_of(given, given.text, given.windows)
     protocol = {"model": "SmolLM2-135M-Instruct, llmquant.demo, float32", "context": CONTEXT, "windows": given.windows}
     protocol |= {"apart": APART, "text": called(given.text)}
-    protocol |= {"VLLM_CPU_INT4_W4A8": 0}
     protocol |= {"calibration": f"{called(given.calibration)}, {SAMPLES} x {LENGTH}"}
-    header = {"command": "tools/measure_served.py", "about": __doc__.split("\n")[0]}
+    header = {"command": "tools/measure_served.py", "about": __doc__.split("\n")[0], "environment": "VLLM_CPU_INT4_W4A8=0"}
     header |= {"machines": {device_name(given): machine()}, "protocol": protocol}
     results = Rows(given.out, header, given.fresh)
     for words, one in rows:
