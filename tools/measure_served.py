@@ -9,10 +9,10 @@ The model is SmolLM2-135M-Instruct off its grid in float32 (`llmquant.demo`). Ea
 `perplexity` give the simulated figure, a vLLM without plugins the served one, from its log-probabilities of the same
 tokens: the first 8 windows of 1024 tokens of --text, at 32 windows of 512 tokens of --calibration. The two must lie
 within 2 %. vLLM serves in float32 where all Linears have a grid for activations and the platform is a CPU, else in
-float16, or in what this machine's kernels take instead (bfloat16 for W8A8 on a CPU with AMX); each row names kernels and
-dtype. The simulation's weights are rounded to that dtype and its inputs are put on the grids as those kernels have them; it
-always computes in float32. 4-bit weights keep float activations: VLLM_CPU_INT4_W4A8 is 0 for every figure, which is not
-a server's default on a CPU with AMX. Rows are written
+float16, or in what this machine's kernels take instead (bfloat16 for W8A8 on a CPU with AMX); each row names kernels
+and dtype. The simulation's weights are rounded to that dtype and its inputs are put on the grids as those kernels have
+them; it always computes in float32. 4-bit weights keep float activations: VLLM_CPU_INT4_W4A8 is 0 for every figure,
+which is not a server's default on a CPU with AMX. Rows are written
 as they come, one for each platform; a run that was stopped goes on where it was, unless --fresh.
 """
 
@@ -145,7 +145,8 @@ def main():
     protocol = {"model": "SmolLM2-135M-Instruct, llmquant.demo, float32", "context": CONTEXT, "windows": given.windows}
     protocol |= {"apart": APART, "text": called(given.text)}
     protocol |= {"calibration": f"{called(given.calibration)}, {SAMPLES} x {LENGTH}"}
-    header = {"command": "tools/measure_served.py", "about": __doc__.split("\n")[0], "environment": "VLLM_CPU_INT4_W4A8=0"}
+    header = {"command": "tools/measure_served.py", "about": __doc__.split("\n")[0]}
+    header |= {"environment": "VLLM_CPU_INT4_W4A8=0"}
     header |= {"machines": {device_name(given): machine()}, "protocol": protocol}
     results = Rows(given.out, header, given.fresh)
     for words, one in rows:
