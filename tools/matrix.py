@@ -5,22 +5,22 @@
     matrix.py --rows 'llama .* plugin'         only rows whose names match
     matrix.py --budget-seconds 400             begin no more chunks of rows after that
 
-A row is a tiny model quantized, exported, loaded by vLLM in float16 and compared with the dequantized export
-in transformers (float32) at 4 x 48 tokens: the mean KL divergence must be at most 1e-4. Where this machine's kernels
-take another dtype (a CPU with AMX: W8A8 and DeepSeek in bfloat16), that is served, under three times the reference's
-own bfloat16 noise, and each row names its kernels. 4-bit weights are multiplied with float activations everywhere: all
+A row is a tiny model quantized, exported, loaded by vLLM in float16 and compared with the dequantized export in
+transformers (float32) at 4 x 48 tokens: the mean KL divergence must be at most 1e-4. Where this machine's kernels take
+another dtype (a CPU with AMX: W8A8 and DeepSeek in bfloat16), that is served, under three times the reference's own
+bfloat16 noise, and each row names its kernels. 4-bit weights are multiplied with float activations everywhere: all
 figures are taken with VLLM_CPU_INT4_W4A8=0, which is not what a server on a CPU with AMX does by default. `smollm2`
-rows are the demo's language model; one that is above the bound is compared with what float16 costs transformers on the same weights, and
-fails at twice that. `plugin` rows ask for `quantization="minmax"`, or the name of another method that made them;
-`stock` rows run without plugins, wherever vLLM has a kernel of its own for that layout on that platform.
+rows are the demo's language model; one that is above the bound is compared with what float16 costs transformers on the
+same weights, and fails at twice that. `plugin` rows ask for `quantization="minmax"`, or the name of another method that
+made them; `stock` rows run without plugins, wherever vLLM has a kernel of its own for that layout on that platform.
 
 Rows with outlier suppressors start from a model with strong outliers (tests/outliers.py); for outlier_suppression_v2
 `shifts` counts the sites that got a shift. Rows with a grid for activations are served in float32 on a CPU without AMX
-and must tell the simulation of that grid from none: the same bound against the simulation and more than it against weights
-alone, and on vLLM's own inputs every Linear within 1e-5 of the simulation and further from weights alone. The integer
-kernels of CUDA and AMX know half precision only, in which a divergence proves nothing: there each Linear must be within
-1e-3 of the simulation of that kernel (FP8: 5e-3, its sums are coarse), or a fifth of what its grid does, and further
-from weights alone.
+and must tell the simulation of that grid from none: the same bound against the simulation and more than it against
+weights alone, and on vLLM's own inputs every Linear within 1e-5 of the simulation and further from weights alone. The
+integer kernels of CUDA and AMX know half precision only, in which a divergence proves nothing: there each Linear must
+be within 1e-3 of the simulation of that kernel (FP8: 5e-3, its sums are coarse), or a fifth of what its grid does, and
+further from weights alone.
 
 Mixtures of experts are judged at the positions where the router does not hang on rounding. Llama gets the
 whole product; the other families get rows that hold each pair of settings. Rows are written as each chunk ends, and a
