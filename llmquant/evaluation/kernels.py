@@ -166,10 +166,10 @@ def has_amx() -> bool:
     return not torch.cuda.is_available() and (forced == "1" or (not forced and torch.cpu._is_amx_tile_supported()))
 
 # %% ../../nbs/evaluation/kernels.ipynb #2ac68686
-STATIC_NOTE = ("static activation scales are not used by vLLM on a CPU with AMX, which this machine is: where in_features "
-               "is a multiple of 32 and out_features of 16, each token is rounded by its own maximum")
-W4A8_NOTE = ("vLLM on a CPU with AMX, which this machine is, multiplies 4-bit weights in bfloat16 with activations that "
-             f"it rounds to 8 bits; serve with {W4A8}=0 for float activations, --verify measures both")
+STATIC_NOTE = ("static activation scales are not used by vLLM on a CPU with AMX, which this machine is: where "
+               "in_features is a multiple of 32 and out_features of 16, each token is rounded by its own maximum")
+W4A8_NOTE = ("vLLM on a CPU with AMX, which this machine is, multiplies 4-bit weights in bfloat16 with activations "
+             f"that it rounds to 8 bits; serve with {W4A8}=0 for float activations, --verify measures both")
 
 def serving_notes(schemes,             # of all layers, `core.scheme.QuantScheme`
                   dtype: torch.dtype,  # of the export
