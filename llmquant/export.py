@@ -28,7 +28,7 @@ from .core.errors import LLMQuantError, ProofError, UsageError
 from .core.format_registry import FormatRegistry
 from .core.in_memory import ModelSource, adopt, is_adopted
 from .core.outlier_suppression_registry import CHANGEABLE
-from .core.plan import LayerPlan, Plan, export_dtype, fused_table, kept_tensors, nbytes
+from .core.plan import LayerPlan, Plan, export_dtype, fused_table, kept_tensors, nbytes, other_names
 from .core.qtensor import QuantizedWeight, digest, raw_bytes
 from .core.quant_linear import QuantLinear
 from .core.quantizer_registry import QuantizerRegistry
@@ -267,7 +267,8 @@ def plan_of_model(
         if scheme.float_zeros: format = "float_zeros"
     fused, layout = fused_table(adapter), FormatRegistry.get(format)(container)
     layout.fused = {**layout.fused, **fused.joined}
-    plan = Plan(method, plans, kept, dtype, scheme, layout, nbytes({**source.tensors, **weights}), fused.origin)
+    plan = Plan(method, plans, kept, dtype, scheme, layout, nbytes({**source.tensors, **weights}), fused.origin,
+                other_names(adapter, plans))
     return plan, layers, source
 
 # %% ../nbs/export.ipynb #62be7766

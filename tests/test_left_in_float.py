@@ -73,6 +73,15 @@ def test_what_vllm_builds_unquantized():
     assert calls and all(ast.unparse(k.value) == "None" for call in calls for k in call.keywords if k.arg == "quant_config")
 
 
+def test_names_that_vllm_changes():
+    "Gemma 3n's projections around the blocks are listed as they are called in the checkpoint and in vLLM's inner module."
+    plan, _ = plan_of("gemma3n_text")
+    ignored = set(plan.quantization_config["ignore"])
+    for name in "altup_projections.0", "per_layer_model_projection":
+        assert {f"model.{name}", f"model.self_decoder.{name}"} <= ignored, sorted(ignored)
+    assert ignored - {l.name for l in plan.ignored} == {n for n in ignored if n.startswith("model.self_decoder.")}
+
+
 def test_eight_bits_hold_more():
     "What 4 bits cannot hold is no reason at 8 bits, where a row of 8 still fills whole words."
     names = lambda **given: {l.name for l in plan_of("qwen3_5_text", **given)[0].quantized}

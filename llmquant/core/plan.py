@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NO_LINEAR', 'WHERE', 'OVERRIDE', 'export_dtype', 'LayerPlan', 'Plan', 'nbytes', 'kept_tensors', 'make_plan',
-           'fused_table']
+           'other_names', 'fused_table']
 
 # %% ../../nbs/core/plan.ipynb #ea664fdf
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -55,6 +55,7 @@ class Plan:
     format: BaseFormat|None      # The layout; None for 16 bits
     stored_bytes: int            # Size of the checkpoint's tensors
     fused_by: str = ""           # Who says what vLLM fuses, for the report
+    other_names: tuple[str, ...] = () # Under which vLLM looks for some of the layers left in float
 
     @cached_property
     def quantized(self) -> list[LayerPlan]:
@@ -72,7 +73,7 @@ class Plan:
     def quantization_config(self) -> dict:
         "For config.json; empty for 16 bits."
         if not self.quantized: return {}
-        quantized, ignored = [l.name for l in self.quantized], [l.name for l in self.ignored]
+        quantized, ignored = [l.name for l in self.quantized], [*(l.name for l in self.ignored), *self.other_names]
         return self.format.quantization_config(self.scheme, quantized, ignored, self.method, self.overrides)
 
 # %% ../../nbs/core/plan.ipynb #bc5fca78
@@ -287,7 +288,12 @@ def make_plan(
                          f"the adapter found {len(layers)} Linears, all left in float")
     if scheme and scheme not in schemes: scheme = schemes[0]
     return Plan(quantizer.name, layers, kept_tensors(tensors, layers, stored, dtype, adapter.keep_dtype), dtype, scheme,
-                layout, nbytes(tensors), fused.origin)
+                layout, nbytes(tensors), fused.origin, other_names(adapter, layers))
+
+def other_names(adapter, layers:Iterable[LayerPlan]) -> tuple[str, ...]:
+    "Further names of the layers left in float, where an adapter knows any."
+    known = getattr(adapter, "other_names", None)
+    return tuple(known([l.name for l in layers if not l.scheme])) if known else ()
 
 def fused_table(
     adapter, # Of this model

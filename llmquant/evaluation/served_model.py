@@ -50,7 +50,9 @@ def serving_dtype(config: dict,          # an export's config.json
         if dtype not in DTYPES: raise UsageError(f"dtype {dtype!r}: must be auto, {', '.join(DTYPES)}")
         return dtype
     if all(inputs_quantized(config)) and not torch.cuda.is_available(): return "float32"
-    return "bfloat16" if config.get("model_type") in BFLOAT16_ONLY else "float16"
+    kinds = (config.get("text_config") or config).get("layer_types") or ()
+    gated = "linear_attention" in kinds and not torch.cuda.is_available() # CPU kernels of Qwen3-Next and 3.5: "requires BF16"
+    return "bfloat16" if gated or config.get("model_type") in BFLOAT16_ONLY else "float16"
 
 # %% ../../nbs/evaluation/served_model.ipynb #97d04256
 def schemes_of(config: dict,  # an export's config.json, or a plain checkpoint's

@@ -18,7 +18,7 @@ from ..core.errors import UsageError, closest
 from ..core.text_config import text_config
 from .expected import check_tensors, dense_shapes
 from .rotation_sites import COMMON_TYPES, STREAM, common_sites
-from .served_class import FusedTable, served_table, vllm_folder
+from .served_class import FusedTable, served_names, served_table, vllm_folder
 from .sites import TIED, LinearSite, module_of, number_of_blocks, sites_by_names, split_block
 from .skeleton import (UNREAD, assemble, checkpoint_names, find_blocks, module_names, on_disk, saved_state,
                                       sites_by_skeleton, skeleton)
@@ -94,6 +94,11 @@ def keep_dtype(self:Architecture, name: str) -> bool: # tensor name
     return any(part in name for part in self.keep)
 
 # %% ../../nbs/models/base_adapter.ipynb #fe700dbb
+@patch
+def other_names(self:Architecture, names: list[str]) -> list[str]: # layers left in float -> further names of theirs
+    "Names under which vLLM looks for some of these layers, of the checkpoint that was looked at last."
+    return served_names(self.seen.get("config", {}).get("model_type"), names)
+
 @patch
 def smoothing_types(self:Architecture) -> tuple[str, ...]: # model types
     "Model types with smoothing pairs."
