@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from llmquant import load, quantize
 from llmquant.calibration.data import load_calibration
-from llmquant.core.errors import UsageError
+from llmquant.core.errors import ProofError, UsageError
 from llmquant.pipeline import check
 from llmquant.utils.config import resolve
 
@@ -320,10 +320,13 @@ def test_calibrated_runs_read_float8_codes(coded, tmp_path, keys):
 
 
 def test_a_run_on_float8_codes_is_verified_against_them(coded, tmp_path):
-    from llmquant.evaluation.proof import verify
+    from llmquant.evaluation.proof import check_files
     model, plain = coded("rows")
     quantize(model, tmp_path / "out", **GRID)
-    for reference in (model, plain): verify(tmp_path / "out", reference, require_vllm=False)
+    for reference in (model, plain): assert check_files(tmp_path / "out", reference)["float_tensors"] == 7
+    with pytest.raises(ProofError, match="model.embed_tokens.weight"):
+        check_files(tmp_path / "out", variant(plain, tmp_path / "other", {
+            name: tensor + (1 if "embed" in name else 0) for name, tensor in tensors_of(plain).items()}))
 
 
 UP = "model.layers.1.mlp.up_proj.weight"

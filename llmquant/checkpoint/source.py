@@ -170,7 +170,7 @@ class CheckpointSource:
 
     def files(self)->list: # of Path
         "What must stay while this is read: the folder, what was given, each shard and each side file."
-        shards = {info.file for info in self.tensors.values()}
+        shards = {info.file for info in self.stored.values()}
         return [self.path, Path(self.origin), *(self.path / file for file in sorted(shards)), *self.side_files]
 
     def close(self):
