@@ -90,7 +90,8 @@ def for_checkpoint(
     dtype:torch.dtype=torch.float32, # In what
 ) -> BlockSource:
     "The decoder of a checkpoint."
-    model = adapter.skeleton(source.config, getattr(source, "tensors", ()))
+    there = {*getattr(source, "tensors", ())}
+    model = adapter.skeleton(source.config, there)
     places, first = adapter.tensor_places(model), {} # a tied weight is kept under the first of its names
     for name, parameter in model.named_parameters(remove_duplicate=False): first.setdefault(id(parameter), name)
     def read(name, parameter):
@@ -99,7 +100,9 @@ def for_checkpoint(
         if place is not None: return source.tensor(place)
         return adapter.assemble(model, name, tuple(parameter.shape), source.tensor, dtype)
     for name, buffer in model.named_buffers():
-        if name in places: buffer.copy_(read(name, buffer))
+        place = places.get(name)
+        computed = bool(there) and place is not None and place not in there # by the class, when the model was built
+        if name in places and not computed: buffer.copy_(read(name, buffer))
     return BlockSource(model, adapter, read, device, dtype)
 
 # %% ../../nbs/core/block_source.ipynb #ce57642c

@@ -7,7 +7,6 @@ __all__ = ['check_tensors', 'dense_shapes']
 
 # %% ../../nbs/models/expected.ipynb #aacadeaf
 import re
-from collections.abc import Iterable
 from torch import nn
 
 # %% ../../nbs/models/expected.ipynb #0f9baebc
@@ -15,21 +14,22 @@ from .sites import module_of
 from .skeleton import misshapen_tensor, missing_tensor, on_disk, saved_state
 
 # %% ../../nbs/models/expected.ipynb #867b72c1
-def _may_be_missing(
-    name: str,               # of a tensor
-    patterns: Iterable[str], # regular expressions
-) -> bool:
-    "Whether a class of transformers says that it does without."
-    return any(re.search(pattern, name) for pattern in patterns)
+def _can_do_without(
+    model: nn.Module, # skeleton that is bound to the checkpoint's names
+) -> set[str]:        # names in memory
+    "What transformers makes by itself where the checkpoint has no tensor of that name."
+    state, patterns = model.state_dict(), getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    found = {name for name in state if any(re.search(pattern, name) for pattern in patterns)}
+    found |= {name for name, buffer in model.named_buffers() if name in state and not buffer.is_meta and buffer.any()}
+    return found - getattr(model, "names_on_disk", {}).keys()
 
 def check_tensors(
     model: nn.Module,         # skeleton that is bound to the checkpoint's names
     shapes: dict[str, tuple], # tensor name -> shape
 ):
     "`UsageError` for a checkpoint that lacks a tensor of the model or has it in another shape; it names the first."
-    able = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
-    state = {name: tensor for name, tensor in saved_state(model).items()
-             if name in getattr(model, "names_on_disk", {}) or not _may_be_missing(name, able)}
+    able = _can_do_without(model)
+    state = {name: tensor for name, tensor in saved_state(model).items() if name not in able}
     needed = {name: tuple(tensor.shape) for name, tensor in on_disk(model, state).items()}
     missing = [name for name in needed if name not in shapes]
     if missing: raise missing_tensor(missing[0], model, len(missing) - 1)

@@ -88,7 +88,10 @@ def bind_names_(
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import revert_weight_conversion
     conversions = get_model_conversion_mapping(model)
-    model.names_on_disk, parts = _renamed(model, conversions, names)
+    bound, parts = _renamed(model, conversions, names)
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    model.names_on_disk = bound | {name: bound[source] for name, source in tied.items()
+                                   if name not in bound and source in bound}
     model._weight_conversions = [entry for entry in conversions if entry.was_used()] # as `from_pretrained` leaves it
     rest = {name: tensor for name, tensor in saved_state(model).items() if name not in model.names_on_disk}
     written = _renamed(model, conversions, revert_weight_conversion(model, rest))[1] if parts else {}
@@ -157,7 +160,7 @@ def module_names(
     stand_ins = {f"{name}.weight": torch.empty(0, device="meta") for name in linears}
     memory = {id(tensor): module_of(name) for name, tensor in stand_ins.items()}
     bound = getattr(model, "names_on_disk", {})
-    return {**{module_of(disk): module_of(name) for name, disk in bound.items()},
+    return {**{module_of(disk): module_of(name) for name, disk in reversed(bound.items())}, # the first of tied names
             **{module_of(name): memory[id(t)] for name, t in on_disk(model, stand_ins).items() if id(t) in memory}}
 
 # %% ../../nbs/models/skeleton.ipynb #c4ca53f9
@@ -271,9 +274,10 @@ def sites_by_skeleton(
     adapter.blocks = re.match(r"(.*?)\.\d+\.", inner)[1] if split_block(inner, prefix)[0] is None else prefix
     adapter.keep += tuple(sorted({*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())} - {*adapter.keep}))
     rest = [leftover_site(n, s, adapter.blocks, len(blocks), known) for n, s in shapes.items() if n not in found]
-    head = module_of(getattr(model, "names_on_disk", {}).get("lm_head.weight", "lm_head"))
+    place, embedding = getattr(model, "names_on_disk", {}).get("lm_head.weight"), embedding_name(model)
+    head = module_of(place) if place not in (None, embedding) else "lm_head"
     sites = [*found.values(), *(site for site in rest if site is not None and site.name != head)]
-    if not any(site.reason == HEAD for site in sites): sites += head_site(shapes, head, embedding_name(model))
+    if not any(site.reason == HEAD for site in sites): sites += head_site(shapes, head, embedding)
     return sorted(sites, key=lambda site: natural_key(site.name))
 
 # %% ../../nbs/models/skeleton.ipynb #13dbdc10
