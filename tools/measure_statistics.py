@@ -18,6 +18,7 @@ import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -101,10 +102,11 @@ LEFT_OUT = {
 }
 
 
-def configuration(kind):
+def configuration(kind, **changes):
     "The configuration of one tiny model."
     known = CONFIG_MAPPING[kind]().to_dict()
     own = OWN.get(kind) or OWN.get(kind.removesuffix("_text")) or {}
+    own = own | changes
     def small(values, own):
         found = {key: value for key, value in (SMALL | own).items() if key in values or key in own}
         if values.get("layer_types") and "layer_types" not in found: found["layer_types"] = None
@@ -120,10 +122,10 @@ def _drop(values, known):
 
 
 @torch.no_grad()
-def build(kind):
+def build(kind, **changes):
     "A tiny model in float32 whose norms and biases are uneven."
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(configuration(kind), dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(configuration(kind, **changes), dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         noise = torch.empty_like(parameter).normal_(generator=generator)
@@ -133,24 +135,29 @@ def build(kind):
 
 
 class Keeping(BaseQuantizer):
-    "Rounds to nearest, and keeps the statistics that each Linear comes with."
+    "Asks for every statistic and rounds to nearest."
     name, data_free, stacks_rows = "keeping", False, False
-
-    def __init__(self): self.seen = {}
 
     def needed_statistics(self): return STATISTICS
 
-    def quantize_weight(self, weight, stats, scheme):
-        self.seen.setdefault("now", []).append(stats)
-        return round_to_grid(weight, scheme)
+    def quantize_weight(self, weight, stats, scheme): return round_to_grid(weight, scheme)
 
 
 class Kept(dict):
-    "A writer that keeps quantized weights, and what was measured for them."
-    def __init__(self, quantizer): self.quantizer, self.stats, self.edited = quantizer, {}, {}
+    "A writer that keeps dequantized weights, and what was measured for them."
+    def __init__(self): self.stats, self.edited = {}, {}
 
     def put(self, layer, weight, result):
         self[layer.name] = weight.dequantize(torch.float32)
+
+
+def note_statistics(walk, writer):
+    "Let a writer keep what each Linear is quantized with."
+    solve = walk.solve
+    def noting(modules, plans, stats):
+        writer.stats.update({name: stats.copy() for name in modules})
+        return solve(modules, plans, stats)
+    walk.solve = noting
 
 
 def measured(model, adapter, tensors, tokens, batch_size):
@@ -159,18 +166,15 @@ def measured(model, adapter, tensors, tokens, batch_size):
     quantizer.configure({})
     shapes = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
     config = model.config.to_dict()
-    plan = make_plan(adapter, config, shapes, torch.float32, quantizer, 4, -1)
-    source = SimpleNamespace(config=config, tensor=lambda name: tensors[name].detach())
+    with patch("llmquant.core.plan.leave_unfit", lambda layers, *_: layers): # too narrow for vLLM, and measured all the same
+        plan = make_plan(adapter, config, shapes, torch.float32, quantizer, 4, -1)
+    source = SimpleNamespace(config=config, tensor=lambda name: tensors[name].detach().clone())
     blocks = for_model(model, adapter) if batch_size == 2 else for_checkpoint(source, adapter)
-    writer, stats, solve = Kept(quantizer), {}, quantizer.quantize_weight
+    writer = Kept()
     walk = begin(plan, quantizer, blocks, tokens, batch_size, Storage(torch.float32))
-    own = walk.solve
-    def solve(modules, plans, measured):
-        for name in modules: stats[name] = measured.copy()
-        return own(modules, plans, measured)
-    walk.solve = solve
+    note_statistics(walk, writer)
     climb(walk, writer)
-    return stats, writer
+    return writer.stats, writer
 
 
 @torch.no_grad()
