@@ -215,6 +215,7 @@ def test_a_proof_falls_back_to_the_plugin_and_says_so(folder):
     found = proof.verify(folder/"w8", folder/"base", require_vllm=True)
     assert found["vllm"]["loaded"] == "plugin" and found["vllm"]["mean_kl"] < 1e-5
     assert found["vllm"]["top1_agreement"] > 0.9 and found["vllm"]["text"]
+    assert found["vllm"]["kernels"] == {"RepackKernel > UnquantizedLinearMethod": 8}
     assert found["files"]["largest_step"] <= 1 and found["files"]["layers"] == 14
 
 
