@@ -203,3 +203,21 @@ def test_a_type_that_cannot_be_unpacked_is_one_line(name, tmp_path, capsys):
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "tensor blk.0.attn_q.weight has type" in said
     assert numbers[name] not in set(gguf.GGMLQuantizationType) or name in said
+
+
+def test_a_ceiling_holds_without_calibration(tmp_path):
+    "From the header and the shapes, before a tensor is read; the parts are those of such a run, and add up."
+    from llmquant.pipeline import check, quantize
+    from llmquant.utils.config import resolve
+
+    path = tmp_path / "tiny.gguf"
+    tiny_gguf.write(path, tiny_gguf.model("llama"), "llama", keys=[("rope.dimension_count", 16, "UINT32")])
+    given = dict(method="minmax", group_size=32, max_memory="100MB")
+    message = r"max_memory 95 MiB is too little: this run takes [0-9]+ MiB \(process [0-9]+ MiB \+ "
+    with pytest.raises(UsageError, match=message):
+        check(resolve({"model_path": str(path), **given}))
+    with pytest.raises(UsageError, match=message):
+        quantize(path, tmp_path / "out", **given)
+    assert not (tmp_path / "out").exists()
+    report = quantize(path, tmp_path / "out", **given | {"max_memory": "8GB"})
+    assert report["memory"]["predicted_peak_mib"] > 200

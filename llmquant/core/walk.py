@@ -159,6 +159,10 @@ def quantize_stack(
     return found
 
 # %% ../../nbs/core/walk.ipynb #bfc46dcf
+def _holds_infinity(tensor:Tensor) -> bool:
+    "Whether a value is infinite, found without a copy."
+    return bool(tensor.numel()) and any(torch.isinf(end) for end in tensor.aminmax())
+
 def cast(
     name:str,          # The tensor's name, for the message
     tensor:Tensor,     # Any dtype
@@ -167,7 +171,7 @@ def cast(
     "Change a tensor's dtype; `UsageError` when a finite value would become infinite."
     if tensor.dtype == dtype: return tensor
     result = tensor.to(dtype)
-    if dtype.is_floating_point and torch.isinf(result).any() and not torch.isinf(tensor).any():
+    if dtype.is_floating_point and _holds_infinity(result) and not _holds_infinity(tensor):
         raise UsageError(f"tensor {name}: its largest value {float(tensor.abs().max()):.3g} overflows "
                          f"{dtype_name(dtype)}; set model.torch_dtype to bfloat16")
     return result
