@@ -99,7 +99,7 @@ def nudge(value, draw):
     if isinstance(value, bool): return not value
     if isinstance(value, int):
         return draw.choice([value + 1, value - 1, -value, 2 * value, value * 10**draw.randint(1, 20)])
-    if isinstance(value, float): return draw.choice([-value, value * 1e9, 1 / value if value else 1.0, int(value)])
+    if isinstance(value, float): return draw.choice([-value, value * 1e9, 1 / value if value else 1.0, str(value)])
     if isinstance(value, str): return draw.choice([value + "x", value[:-1], value.upper(), value * 100])
     return draw.choice([[value], {"x": value}, str(value)])
 
@@ -497,9 +497,9 @@ def main():
             kind, _, number = given.one.partition(":")
             return print(try_one(bases, kind, int(number), given.seed, loud=True))
         warm(bases)
-        for first in count(0, 10):
+        for first in count(0, 2):
             if first >= given.inputs or monotonic() - start > given.seconds: break
-            tasks = [(kind, number) for number in range(first, min(first + 10, given.inputs)) for kind in given.kinds]
+            tasks = [(kind, number) for number in range(first, min(first + 2, given.inputs)) for kind in given.kinds]
             for kind, number, what, found in in_children(bases, tasks, given.seed):
                 ends[kind]["inputs"] += 1
                 for verb, status, fault in found:
