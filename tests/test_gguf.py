@@ -123,6 +123,25 @@ def test_biases_and_rotary_scaling_of_llama_are_carried_over(scaling, tmp_path):
     assert moved > 0.05 or scaling == "none"  # the test would see scaling that was dropped
 
 
+def test_short_and_long_divisors_of_phi3_are_carried_over(tmp_path):
+    "On a text longer than the context before the extension, where the long ones count."
+    from transformers import AutoModelForCausalLM
+
+    short, long = torch.linspace(1, 1.5, 8), torch.linspace(1.2, 9, 8)
+    rope = dict(rope_type="longrope", rope_theta=10000.0, short_factor=short.tolist(), long_factor=long.tolist())
+    made = tiny_gguf.model("phi3", original_max_position_embeddings=32, rope_parameters=rope)
+    tiny_gguf.write(tmp_path / "tiny.gguf", made, "phi3", "F32",
+                    [("rope.scaling.original_context_length", 32, "UINT32"), ("rope.scaling.attn_factor", 1.1832, "FLOAT32")],
+                    {"rope_factors_short.weight": short.numpy(), "rope_factors_long.weight": long.numpy()})  # fmt: skip
+    with open_checkpoint(tmp_path / "tiny.gguf") as source:
+        again = AutoModelForCausalLM.from_pretrained(source.with_weights(), dtype=torch.float32).eval()
+        assert source.config["original_max_position_embeddings"] == 32
+    with torch.no_grad():
+        for length in 24, 96:
+            tokens = torch.arange(length)[None] * 3 % 320
+            assert (made(tokens).logits - again(tokens).logits).abs().max() < 1e-3 * made(tokens).logits.abs().max()
+
+
 def renamed(old, new):
     "Tensors with one of them under another name."
     return lambda tensors: {name.replace(old, new): value for name, value in tensors.items()}
