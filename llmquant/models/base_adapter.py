@@ -107,7 +107,8 @@ def smoothing_types(self:Architecture) -> tuple[str, ...]: # model types
 @patch
 def rotation_types(self:Architecture) -> dict[str, str]: # model type -> what can be rotated
     "Model types of which something can be rotated."
-    if type(self).rotation_sites is not Architecture.rotation_sites: return dict.fromkeys(self.model_types, STREAM)
+    own = self.model_types or (self.model_type,) # a family that is found by its pattern goes by its own name
+    if type(self).rotation_sites is not Architecture.rotation_sites: return dict.fromkeys(own, STREAM)
     return dict(COMMON_TYPES) if not self.model_types else {}
 
 # %% ../../nbs/models/base_adapter.ipynb #f0de3bb1
