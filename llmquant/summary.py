@@ -53,7 +53,7 @@ def share_text(
     if not in_float: return ""
     shares = [(count / total, reason) for reason, count in parameters["in_float_by_reason"].items()]
     shown = [f"{share:.1%} {reason}" for share, reason in shares[:3] if share >= .0005]
-    if rest := sum(share for share, _ in shares[len(shown):]): shown.append(f"{rest:.1%} for other reasons")
+    if (rest := sum(share for share, _ in shares[len(shown):])) >= .0005: shown.append(f"{rest:.1%} for other reasons")
     return f"left in float: {in_float / total:.1%} of {human_count(total)} parameters ({'; '.join(shown)})\n"
 
 # %% ../nbs/summary.ipynb #8728719f

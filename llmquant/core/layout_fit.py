@@ -24,7 +24,8 @@ def shape_objection(
     if in_features % scheme.width(in_features): scheme = replace(scheme, granularity="channel", group_size=0)
     objection = format.objection(scheme, out_features, in_features)
     if not objection or format.objection(scheme, ROOMY, ROOMY * (scheme.group_size or 1)): return ""
-    return objection.partition("; ")[0]
+    wider = replace(scheme, bits=8)
+    return objection.partition("; ")[0] + ("" if format.objection(wider, out_features, in_features) else "; 8 bits would fit")
 
 # %% ../../nbs/core/layout_fit.ipynb #edf9302c
 def is_narrow(
