@@ -27,6 +27,7 @@ from .shard import TensorInfo, as_bytes, open_shard, plan_shard, read_header, re
 from .side_files import PICKLES, find_side_files
 from ..core.errors import UsageError
 from ..core.names import check_shard, natural_key
+from ..models.expected import written_names
 
 # %% ../../nbs/checkpoint/source.ipynb #6deeac68
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -137,7 +138,7 @@ class CheckpointSource:
             raise UsageError(f"{self.origin}: {problem}; give the folder of a checkpoint or an export")
         self.config = read_model_config(self.path / "config.json")
         self.tensors = self.stored = _read_headers(self.path)
-        self.scaled, self._whole = {}, None # see `unscale_` and `with_weights`
+        self.scaled, self.renamed, self._whole = {}, {}, None # see `unscale_`, `rename_` and `with_weights`
         self.dtype = main_dtype(self.tensors, self.origin)
         self.side_files = find_side_files(self.path)
         self._files, self.digests = {}, None # a dictionary here gets the SHA-256 of each tensor that is read
@@ -147,13 +148,15 @@ class CheckpointSource:
         name:str, # one of `tensors`
     )->torch.Tensor: # CPU, in the checkpoint's dtype; codes times scales come in float32
         "Read one tensor."
-        tensor = self._noted(name)
-        if name not in self.scaled: return tensor
-        return multiplied(tensor, self._noted(self.scaled[name].scale), self.scaled[name].block)
+        stored = self.renamed.get(name, name)
+        tensor = self._noted(name, stored)
+        if stored not in self.scaled: return tensor
+        scale = self.scaled[stored].scale
+        return multiplied(tensor, self._noted(scale, scale), self.scaled[stored].block)
 
-    def _noted(self, name:str)->torch.Tensor:
+    def _noted(self, name:str, stored:str)->torch.Tensor:
         "One tensor as it is stored, and its digest where digests are wanted."
-        tensor = self._read(name)
+        tensor = self._read(stored)
         if self.digests is not None and name not in self.digests:
             self.digests[name] = hashlib.sha256(as_bytes(tensor)).hexdigest()
         return tensor
@@ -198,9 +201,21 @@ def unscale_(self:CheckpointSource,
                    "out", self.origin, len(found), len(self.stored) - len(self.tensors))
 
 @patch
+def rename_(self:CheckpointSource):
+    "Present tensors that lie under older names as transformers names them."
+    found = written_names(self.config, {name: tuple(info.shape) for name, info in self.tensors.items()})
+    if not found: return
+    old = {stored: name for name, stored in found.items()}
+    named = {old.get(name, name): info for name, info in self.tensors.items()}
+    self.tensors, self.renamed = {name: named[name] for name in sorted(named, key=natural_key)}, found
+    new, stored = next(iter(found.items()))
+    logger.warning("%s: %d tensors lie under older names (%s) and are written under those of transformers (%s)",
+                   self.origin, len(found), stored, new)
+
+@patch
 def with_weights(self:CheckpointSource)->Path:
     "A folder that a library can load as a whole."
-    if not self.scaled and self.config == read_model_config(self.path / "config.json"): return self.path
+    if not self.scaled and not self.renamed and self.config == read_model_config(self.path / "config.json"): return self.path
     if self._whole is None: self._whole = tempfile.TemporaryDirectory(prefix="llmquant-whole-")
     folder = Path(self._whole.name)
     if any(folder.iterdir()): return folder
@@ -249,7 +264,7 @@ class GGUFSource(CheckpointSource):
         self.tensors = self.stored = {
             name: TensorInfo(torch.float32, shapes[name], self.origin.name, 4 * prod(shapes[name]), 0)
             for name in sorted(shapes, key=natural_key)}
-        self.scaled = {}
+        self.scaled, self.renamed = {}, {}
 
     def files(self)->list: # of Path
         "What must stay while this is read."
@@ -451,6 +466,7 @@ def open_checkpoint(
     source = GGUFSource(place) if place.suffix == ".gguf" and place.is_file() else CheckpointSource(place)
     source.commit = commit_of(place)
     _refuse_unusable(source, trust_remote_code)
+    if not isinstance(source, GGUFSource): source.rename_()
     return source
 
 # %% ../../nbs/checkpoint/source.ipynb #51d0aa3e
