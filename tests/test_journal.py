@@ -319,6 +319,22 @@ def test_threads_of_one_process(tmp_path):
     assert not [name for name in left(tmp_path) if "partial" in name or "journal" in name]
 
 
+def test_many_runs_at_once_some_of_them_killed(tmp_path, monkeypatch):
+    "Six at a time with one process number, two of them killed: the others end well, and the last one leaves no trace."
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    draw = random.Random(0)
+    for _ in range(8):
+        pauses = [draw.random() * 0.003 for _ in range(6)]
+        children = [fork(lambda pause=pause: export_at_once(tmp_path / "out", lambda block: time.sleep(pause),
+                                                            overwrite=True)) for pause in pauses]
+        time.sleep(draw.random() * 0.03)
+        for child in children[:2]: os.kill(child, signal.SIGKILL)
+        assert [ended(child) for child in children[2:]] == [0] * 4
+        for child in children[:2]: ended(child)
+    export_at_once(tmp_path / "out", overwrite=True)
+    assert left(tmp_path) == ["out"] and len(content(tmp_path / "out")) == 6
+
+
 def test_folders_that_no_run_has_made_stay(tmp_path):
     "Names like ours with somebody's files in them, and no lock of a run."
     for kind in ("partial", "old", "journal"):

@@ -19,7 +19,7 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from .journal import Journal
-from .leftovers import beside, counted, free_names, settle
+from .leftovers import begin, beside, counted, settle
 from ..core.disk import DiskRefusal, disk_refusal, flush, flush_one
 from ..core.errors import UsageError
 
@@ -84,23 +84,32 @@ def refuse_overlap(
                                  "beside it")
 
 # %% ../../nbs/checkpoint/folders.ipynb #81a39ba7
+_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
+
 def replace_folder(
     folder:Path, # new
     output:Path, # final name
     aside:Path|None=None, # where an older export stands meanwhile, then it is deleted; None takes no older one
 ):
     "Rename a folder to its final name; only a missing or empty folder or an export of ours makes way."
-    if aside is None or not holds_export(output):
-        try: return os.rename(folder, output)
+    while True: # another run may do the same at the same time
+        moved = aside is not None and holds_export(output)
+        try:
+            if moved: os.rename(output, aside)
+        except FileNotFoundError: continue
+        try: os.rename(folder, output)
         except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR): raise
+            if moved: _give_back(aside, output)
+            if error.errno not in _TAKEN: raise
+            if aside is not None and holds_export(output): continue
             raise UsageError(f"{output}: appeared meanwhile and is not empty; choose another output folder") from None
-    os.rename(output, aside)
-    try: os.rename(folder, output)
-    except OSError:
-        os.rename(aside, output)
-        raise
-    shutil.rmtree(aside)
+        if moved: shutil.rmtree(aside)
+        return
+
+def _give_back(aside:Path, output:Path):
+    "An older export goes back to its place; where a newer one is by now it is deleted."
+    if not os.path.lexists(output): os.rename(aside, output)
+    elif holds_export(output): shutil.rmtree(aside)
 
 # %% ../../nbs/checkpoint/folders.ipynb #99ecf56c
 class PartialFolder:
@@ -134,14 +143,8 @@ def _begin(self:PartialFolder,
     "Make a new folder with its lock."
     self._made = [parent for parent in self.output.parents if not parent.exists()] # the deepest first
     self.output.parent.mkdir(parents=True, exist_ok=True)
-    for folder in free_names(self.output):
-        try: folder.mkdir()
-        except FileExistsError: continue
-        self.folder, self._open = folder, True
-        try: self.journal = Journal.begin(folder, identity)
-        except (FileNotFoundError, BlockingIOError):
-            if not self.output.parent.is_dir(): raise
-        else: return
+    self.journal = begin(self.output, identity)
+    self.folder, self._open = self.journal.partial, True
 
 # %% ../../nbs/checkpoint/folders.ipynb #ec5f8b5d
 @patch
