@@ -26,6 +26,9 @@ FAMILIES = {
                                                      ("final_logit_softcapping", 20.0, "FLOAT32")]),
     "phi3": ("phi3", "F16", dict(sliding_window=24), [("attention.sliding_window", 24, "UINT32")]),
     "stablelm": ("stablelm", "Q8_0", {}, []),
+    "gemma3_text": ("gemma3", "Q8_0", dict(head_dim=16), [*HEAD, ("attention.sliding_window", 16, "UINT32")]),
+    "nemotron": ("nemotron", "Q8_0", {}, []),
+    "starcoder2": ("starcoder2", "Q8_0", {}, []),
     "qwen2_moe": ("qwen2moe", "Q8_0", SHARED, [*MOE_KEYS, ("expert_shared_feed_forward_length", 64, "UINT32")]),
     "qwen3_moe": ("qwen3moe", "Q8_0", MOE | dict(head_dim=16), [*MOE_KEYS, *HEAD]),
 }  # fmt: skip
@@ -222,6 +225,28 @@ def test_a_type_that_cannot_be_unpacked_is_one_line(name, tmp_path, capsys):
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "tensor blk.0.attn_q.weight has type" in said
     assert numbers[name] not in set(gguf.GGMLQuantizationType) or name in said
+
+
+def test_what_is_converted_as_a_whole_gives_the_same_and_is_predicted(tmp_path, monkeypatch):
+    "The way of architectures that transformers converts by rules for whole models, taken by one that has both."
+    from llmquant.checkpoint import gguf_config, gguf_model
+    from llmquant.pipeline import check
+    from llmquant.utils.config import resolve
+
+    path = tmp_path / "tiny.gguf"
+    tiny_gguf.write(path, tiny_gguf.model("qwen2"), "qwen2")
+    with open_checkpoint(path) as source:
+        streamed, config = {name: source.tensor(name) for name in source.tensors}, source.config
+        assert source.conversion_bytes() == 0
+    for module in gguf_config, gguf_model:
+        monkeypatch.setattr(module, "as_a_whole", lambda architecture: True)
+    with open_checkpoint(path) as source:
+        assert source.conversion_bytes() > 2 * sum(value.nbytes for value in streamed.values())
+        assert source.tensors.keys() == streamed.keys() and source.config["hidden_size"] == config["hidden_size"]
+        assert all(source.tensor(name).equal(value) for name, value in streamed.items())
+    monkeypatch.setattr(GGUFSource, "conversion_bytes", lambda self: 2**40)
+    with pytest.raises(UsageError, match=r"\(process [0-9]+ MiB \+ converting 1048576 MiB\)"):
+        check(resolve({"model_path": str(path), "method": "minmax", "group_size": 32, "max_memory": "8GB"}))
 
 
 def test_a_ceiling_holds_without_calibration(tmp_path):

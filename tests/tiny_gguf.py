@@ -41,7 +41,7 @@ def tensors_of(model, architecture):
         target = f"{names.get_name(stem)}.{leaf}"
         if architecture == "llama" and (".attn_q." in target or ".attn_k." in target):
             value = permuted(value, config.num_attention_heads if ".attn_q." in target else config.num_key_value_heads)
-        if architecture.startswith("gemma") and target.endswith("norm.weight"):
+        if architecture.startswith(("gemma", "nemotron")) and target.endswith("norm.weight"):
             value = value + 1
         if target.endswith("ffn_gate_inp_shexp.weight"):
             value = value[0]

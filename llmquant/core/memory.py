@@ -115,7 +115,7 @@ def predict(
     return MemoryNeed(process=resident() + GROWTH, block=4 * max(blocks.values(), default=0), statistics=4 * squares,
                       forward=batch_size * forward_bytes(text, plan, length, statistics, attention), solving=4 * solving,
                       reading=reading_bytes(plan, tensors, edited), hidden=hidden, searching=searching, converting=converting,
-                      rescaling=2 * _largest_square(plan) if rescales else 0)
+                      rescaling=_largest_square(plan) if rescales else 0)
 
 # %% ../../nbs/core/memory.ipynb #0fb993a5
 SEARCHED = 2048   # Tokens by which a suppressor judges

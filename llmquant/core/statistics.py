@@ -122,7 +122,7 @@ def scaled(self:LayerStats,
     s:Tensor, # [in_features], positive: the input becomes x / s
 ) -> LayerStats: # New tensors; the notes are shared
     "The statistics of the input after each channel was divided by its factor."
-    both = lambda m: None if m is None else m / s[:, None] / s[None, :]
+    both = lambda m: None if m is None else (m / s[:, None]).div_(s)
     one = lambda v: None if v is None else v / s
     return replace(self, hessian=both(self.hessian), cross=both(self.cross), maxima=one(self.maxima),
                    means=one(self.means), low=one(self.low), high=one(self.high), histogram=None)
