@@ -20,7 +20,8 @@ import torch
 from ..checkpoint.source import open_checkpoint, read_json
 from ..core.errors import ProofError
 from .kernels import PER_TOKEN, W4A8, W4A8_PRODUCT
-from .served_linears import linear_errors, parts_of, per_token_places, place, put_on_served_grids
+from .served_linears import (grid_places, linear_errors, parts_of, per_token_places, place,
+                                                put_on_served_grids)
 from .served_model import (DTYPES, bfloat16_noise_, bound_with_noise, divergences, forced_logits,
                                               inputs_quantized, judged_positions, schemes_of, serving_dtype, summary,
                                               teacher_tokens)
@@ -88,12 +89,12 @@ def compare_linears(model,           # the reference without grids; has them as 
                     said: Answer,    # vLLM's
                     ) -> dict:       # figures, empty without grids
     "Put the reference's inputs on their grids, and compare the Linears that have one before and after."
-    served_in, structure = getattr(torch, said.dtype), (said.parts, said.heads)
-    bare = linear_errors(model, said.linears, *structure, served_in)
-    placed = put_on_served_grids(model, export, per_token_places(said.kernels, said.parts), served_in)
-    if not placed or not said.linears: return {}
-    errors = linear_errors(model, said.linears, *structure, served_in)
-    errors = {name: error for name, error in errors.items() if placed.issuperset(parts_of(name, said.parts))}
+    served_in, structure, places = getattr(torch, said.dtype), (said.parts, said.heads), grid_places(export)
+    seen = {name: pair for name, pair in said.linears.items() if places.issuperset(parts_of(name, said.parts))}
+    bare = linear_errors(model, seen, *structure, served_in)
+    put_on_served_grids(model, export, per_token_places(said.kernels, said.parts), served_in)
+    if not seen: return {}
+    errors = linear_errors(model, seen, *structure, served_in)
     least = max(LINEAR_BOUNDS[kind][said.dtype] for kind in grid_types(config))
     return judge_linears(errors, bare, least, SHARE[said.dtype])
 
