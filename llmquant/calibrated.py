@@ -107,7 +107,7 @@ def need_of(
     for who in (*filter(is_blockwise, suppressors), *([quantizer] if quantizer.edits_blocks() else [])):
         check_pairs(plan, adapter, who, source)
     model = adapter.skeleton(source.config, source.tensors)
-    flow_of(model, adapter.get_layers(model)) # a decoder whose blocks cannot be run one by one is refused
+    flow = flow_of(model, adapter.get_layers(model)) # a decoder whose blocks cannot be run one by one is refused
     c = recipe.calibration
     tensors = {name: (info.dtype, info.shape) for name, info in source.tensors.items()}
     wanted = {name for who in (quantizer, *suppressors) for name in who.needed_statistics()}
@@ -116,7 +116,7 @@ def need_of(
                    c["batch_size"], tuple(wanted), source.dtype.itemsize,
                    model.config._attn_implementation or "eager",
                    searching_of(plan, tensors, adapter, source.config, suppressors), getattr(source, "edited", None),
-                   quantizer.edits_blocks() and "hessian" in wanted, conversion_of(source))
+                   quantizer.edits_blocks() and "hessian" in wanted, conversion_of(source), flow.per_token)
     return fit(need, recipe.max_memory)
 
 def data_free_need(

@@ -1,7 +1,7 @@
 """Statistics of every Linear against the hooked whole model, for every causal model type -> results/statistics.json.
 
     measure_statistics.py                  all model types that transformers' AutoModelForCausalLM knows
-    measure_statistics.py llama gemma4     these only; nothing is written
+    measure_statistics.py llama gemma4     the rows of these
 
 Each model is tiny and made on the spot from a seed. Text: 4 windows of random ids, in batches of 1, 2 and 4; batches of
 2 read the model in memory, the others its tensors as on disk. A method that rounds to nearest and keeps what it was
@@ -260,7 +260,7 @@ def measure(kind):
 def main():
     "Measure and write."
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kinds", nargs="*", help="model types; all, and the results file is written, when not given")
+    parser.add_argument("kinds", nargs="*", help="model types whose rows are measured again; all when not given")
     given = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
@@ -269,10 +269,11 @@ def main():
         rows[kind] = row = measure(kind)
         words = [f"{key} {value:.0e}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()]
         print(f"{kind}: {', '.join(words)}", flush=True)
-    if given.kinds: return
+    file = ROOT/"results"/"statistics.json"
+    if given.kinds: rows = json.loads(file.read_text(encoding="utf-8"))["rows"] | rows
     found = {"command": "tools/measure_statistics.py", "machine": machine(), "windows": WINDOWS, "length": LENGTH,
              "batch_sizes": BATCHES, "rows": rows, "left_out": LEFT_OUT}
-    (ROOT/"results"/"statistics.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__": main()

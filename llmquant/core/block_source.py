@@ -118,7 +118,7 @@ def for_model(
 @dataclass
 class UsedRows:
     "The rows of an embedding's table that were looked up so far."
-    read: Callable[[], Tensor]   # The whole table
+    read: Callable[[Tensor|slice], Tensor] # Some rows of the table
     expected: Tensor             # Sorted rows that are read together with the first of them
     known: Tensor|None = None    # Sorted
     rows: Tensor|None = None     # As many
@@ -135,15 +135,22 @@ class UsedRows:
         return functional.embedding(torch.searchsorted(self.known, ids), self.rows)
 
 class _Lookups(TorchFunctionMode):
-    "`functional.embedding` of some weights is answered by `UsedRows`."
+    "`functional.embedding` of some weights is answered by `UsedRows`; whatever else reads one gets the whole table."
     def __init__(self, tables:dict[int, UsedRows]):
         super().__init__()
         self.tables = tables
 
     def __torch_function__(self, function, types, arguments=(), keywords=None):
+        keywords = keywords or {}
         if function is functional.embedding and len(arguments) > 1 and id(arguments[1]) in self.tables:
             return self.tables[id(arguments[1])](arguments[0])
-        return function(*arguments, **(keywords or {}))
+        if getattr(function, "__name__", "") != "__get__": # device, dtype and shape are those of the table
+            arguments, keywords = tree_map(self._whole, (arguments, keywords))
+        return function(*arguments, **keywords)
+
+    def _whole(self, leaf):
+        "All rows, for code that takes them by itself."
+        return self.tables[id(leaf)].read(slice(None)) if id(leaf) in self.tables else leaf
 
 # %% ../../nbs/core/block_source.ipynb #e4200f03
 @patch
@@ -168,7 +175,8 @@ def _table(self:BlockSource, embedding:nn.Embedding, used:Tensor) -> dict[int, U
     table, name = embedding.weight, f"{self.names[id(embedding)]}.weight"
     def rows(wanted):
         whole = self.read(name, table)
-        return whole[wanted.to(whole.device)].to(self.device, self.dtype)
+        if isinstance(wanted, Tensor): wanted = wanted.to(whole.device)
+        return whole[wanted].to(self.device, self.dtype)
     empty = nn.Parameter(torch.zeros(1, dtype=self.dtype, device=self.device).expand(table.shape), requires_grad=False)
     self.lent[embedding, "weight"] = table
     embedding._parameters["weight"] = empty

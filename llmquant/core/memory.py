@@ -106,12 +106,13 @@ def predict(
     edited:Iterable[str]|None=None, # Names of tensors that a transformation changes; None without one
     rescales:bool=False,     # Whether the method divides inputs by factors, and their Hessians with them
     converting:int=0,        # See `MemoryNeed`
+    per_token:int=0,         # Numbers that travel from block to block for each token; 0 for the hidden size
 ) -> MemoryNeed:             # For a CPU
     "What a calibrated run will take, from shapes alone."
     blocks = _elements_by_block(tensors, block_of)
     squares, solving = _statistics(plan, statistics, rescales)
     streams, text = 2 if "cross" in statistics else 1, text_config(config)
-    hidden = 2 * streams * windows * length * fact(config, "hidden_size") * bytes_per_value
+    hidden = 2 * streams * windows * length * (per_token or fact(config, "hidden_size")) * bytes_per_value
     return MemoryNeed(process=resident() + GROWTH, block=4 * max(blocks.values(), default=0), statistics=4 * squares,
                       forward=batch_size * forward_bytes(text, plan, length, statistics, attention), solving=4 * solving,
                       reading=reading_bytes(plan, tensors, edited), hidden=hidden, searching=searching, converting=converting,
