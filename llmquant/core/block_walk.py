@@ -194,6 +194,7 @@ class BlockView:
     batches: int = 0                        # Of the calibration text
     edited: set[str] = field(default_factory=set) # Names of modules whose parameters were changed
     notes: dict = field(default_factory=dict)     # What the report should say of this block
+    block: nn.Module|None = None                  # The block itself
 
     def module(self, name:str) -> nn.Module:
         "A module of the block, with float32 parameters that may be edited."
@@ -291,7 +292,8 @@ def view(
     "One block for somebody who edits it."
     find = lambda name: self.blocks.adapter.get_layer_by_name(self.blocks.model, name)
     run = lambda batch: self.run(index, block, self.stream, batch)
-    return BlockView(index, self.plan.dtype, dict(plans), dict(stats), pairs, find, run, len(self.stream))
+    return BlockView(index, self.plan.dtype, dict(plans), dict(stats), pairs, find, run, len(self.stream),
+                     block=block)
 
 # %% ../../nbs/core/block_walk.ipynb #c79b32a8
 class RoundsToNearest:

@@ -17,6 +17,7 @@ from ..core.names import natural_key
 from ..core.options import Option
 from ..core.scheme import dtype_name
 from ..core.smoothing import shift_obstacle
+from .site_trial import record
 from .smoothing_site import SiteSuppressor, SmoothingSite
 
 # %% ../../nbs/outlier_suppression/outlier_suppression_v2.ipynb #afc931b2
@@ -63,19 +64,19 @@ def drawn(
 # %% ../../nbs/outlier_suppression/outlier_suppression_v2.ipynb #f99ab19a
 @patch
 def find_scale(self:SmoothingSite,
-    sizes:Tensor,           # float32 [channels]: largest magnitude of each
-    reference:list[Tensor], # As `SmoothingSite.reference` gives it
+    sizes:Tensor, # float32 [channels]: largest magnitude of each
 ) -> tuple[tuple|None, Tensor, dict]: # (threshold, strength), or None for no scale; factors; errors, as in `best_scale`
     "Search threshold and strength."
     tried = lambda pairs: (((t, p), drawn(sizes, t, p)) for t, p in pairs)
-    best, factors, errors = self.best_scale(tried((t, p) for p in STRENGTHS for t in thresholds(sizes)), reference)
+    best, _, errors = self.best_scale(tried((t, p) for p in STRENGTHS for t in thresholds(sizes)))
     step = COARSE
     while best and step > FINE:
         step = step**.5
-        near, nearer, more = self.best_scale(tried((best[0] * f, best[1]) for f in (1 / step, step)), reference)
-        if near and more[near] < errors[best]: best, factors = near, nearer
+        near, _, more = self.best_scale(tried((best[0] * f, best[1]) for f in (1 / step, step)))
+        if near and more[near] < errors[best]: best = near
         errors |= more
-    return best, factors, errors
+    best = self.settled(errors, lambda pair: drawn(sizes, *pair))
+    return best, torch.ones_like(sizes) if best is None else drawn(sizes, *best), errors
 
 # %% ../../nbs/outlier_suppression/outlier_suppression_v2.ipynb #c23b776f
 class OutlierSuppressionV2(SiteSuppressor):
@@ -97,15 +98,15 @@ class OutlierSuppressionV2(SiteSuppressor):
     ):
         "Shift one site if that is exact, then search threshold and strength and fold in the scale."
         site.check_alive(site.gather(site.stats.maxima), self.name)
-        reference = site.reference()
         reason = site.shift_by_middle()
+        if not reason: record([site]) # its input is another one now
         sizes, best, errors = site.gather(site.stats.maxima), None, {}
         if sizes.any(): # a shift alone can make all of them zero
-            best, factors, errors = site.find_scale(sizes, reference)
+            best, factors, errors = site.find_scale(sizes)
             site.scale_by(factors)
         t, strength = best or (None, None)
         facts = {"edit": "scale only" if reason else "shift and scale", "threshold": t, "strength": strength,
-                 "largest": float(sizes.max()), "error_ratio": min([1., *errors.values()])}
+                 "largest": float(sizes.max()), "error_ratio": errors.get(best, 1.)}
         if reason: facts["reason"] = reason
         site.note(self.name, facts)
 
