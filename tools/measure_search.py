@@ -24,6 +24,7 @@ def model_and_ids(folder, blocks, windows, length):
     "The first blocks of a model, and token ids [windows, length] of text, or random ones without a tokenizer."
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+
     from llmquant.demo import demo_text, smollm2, take_off_grid_
     if not folder:
         model, tokenizer = smollm2()
@@ -45,6 +46,7 @@ def measure(given):
     "Search the blocks of one model with one suppressor; print one JSON line for each."
     import torch
     from block_views import view_of, walk_over
+
     from llmquant.core.activation_scheme import ActivationScheme
     from llmquant.core.outlier_suppression_registry import OutlierSuppressionRegistry
     blocks = [int(b) for b in given.blocks.split(",")]

@@ -130,7 +130,9 @@ def searching_bytes(
     "What a suppressor's search holds beside a forward pass."
     size = lambda name: prod(tensors.get(f"{name}.weight", (None, (0,)))[1])
     largest = max((sum(map(size, (pair.producer, *pair.consumers))) for pair in pairs), default=0)
-    return 4 * (3 * largest + 2 * SEARCHED * hidden_size) if largest else 0
+    shapes = [tensors.get(f"{reader}.weight", (None, (0,)))[1] for pair in pairs for reader in pair.consumers]
+    widest = max((shape[-1] for shape in shapes), default=0) # recorded: the block's, attention's, the MLP's, o's and down's
+    return 4 * (3 * largest + SEARCHED * (8 * hidden_size + 2 * widest)) if largest else 0
 
 # %% ../../nbs/core/memory.ipynb #b24b6e1c
 PIECES = 3 * (8 << 22) # A transformation works in float64, on so many numbers at a time, a few times over
