@@ -20,6 +20,7 @@ from .core.format_registry import BaseFormat, FormatRegistry
 from .core.model_registry import ModelRegistry
 from .core.scheme import QuantScheme, scheme_of
 from .formats.config_form import quantization_objection
+from .models.sites import check_counts
 
 # %% ../nbs/loading.ipynb #107b8907
 PACKED = (".weight_packed", ".qweight", ".weight_scale")
@@ -184,6 +185,7 @@ def load(path: str | Path,                        # an export, a plain checkpoin
     "The dequantized model in transformers, in eval mode."
     from transformers import AutoModelForCausalLM
     with closing(open_any(path, trust_remote_code)) as source:
+        check_counts(source.config, {name: info.shape for name, info in source.tensors.items()})
         config = model_config(source, trust_remote_code)
         grids = input_grids(source) if activations else {}
         state = float_tensors(source, served_in or (source.dtype if packed_layers(source.tensors) else None))

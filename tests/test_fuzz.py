@@ -59,7 +59,8 @@ CONFIGS = [  # model, key, value, what `check` says
     ("olmo2", "num_key_value_heads", -1, "config.json"),
     ("olmo2", "hidden_size", 10**30, "config.json"), ("olmo2", "intermediate_size", 255, "[256, 128]"),
     ("olmo2", "hidden_act", "none", "transformers cannot build the model (KeyError: 'none')"),
-    ("olmo2", "rms_norm_eps", {}, "transformers cannot"),
+    ("olmo2", "rms_norm_eps", {}, "transformers cannot"), ("olmo2", "num_hidden_layers", 10**7, "cannot hold so many"),
+    ("llama", "num_hidden_layers", 2**31, "(21 at most)"), ("olmo2", "head_dim", 10**9, "head_dim is 1000000000, and"),
 ]
 
 

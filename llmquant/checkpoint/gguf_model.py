@@ -20,6 +20,7 @@ from .gguf import GGUFHeader, read_gguf_tensor
 from .gguf_config import (
     ROPE_TENSORS, as_a_whole, check_keys, read_config, rope_scaling, shortest, with_rope)
 from ..core.errors import UsageError
+from ..models.sites import check_counts
 from ..models.skeleton import checkpoint_names, on_disk
 
 # %% ../../nbs/checkpoint/gguf_model.ipynb #9be0aa95
@@ -40,6 +41,7 @@ class GGUFModel:
         self.header, self.config = header, read_config(header, folder)
         self.whole = as_a_whole(header.architecture) # transformers must convert the whole model
         if not self.whole: check_keys(header, self.config)
+        check_counts(self.config.to_dict(), {name: tensor.shape for name, tensor in header.tensors.items()})
         try:
             with torch.device("meta"): self.model = transformers.AutoModelForCausalLM.from_config(self.config)
         except (ValueError, TypeError, ZeroDivisionError, RuntimeError, AssertionError) as error:

@@ -19,7 +19,8 @@ from ..core.text_config import text_config
 from .expected import check_tensors, dense_shapes
 from .rotation_sites import COMMON_TYPES, STREAM, common_sites
 from .served_class import FusedTable, served_names, served_table, vllm_folder
-from .sites import TIED, LinearSite, module_of, number_of_blocks, sites_by_names, split_block
+from .sites import (TIED, LinearSite, check_counts, module_of, number_of_blocks, sites_by_names,
+                                   split_block)
 from .skeleton import (UNREAD, assemble, checkpoint_names, find_blocks, module_names, on_disk, saved_state,
                                       sites_by_skeleton, skeleton)
 
@@ -203,6 +204,7 @@ def check_tensors(self:BaseHuggingFaceAdapter,
     shapes: dict, # tensor name -> shape
 ):
     "`UsageError` for a checkpoint that lacks a tensor or has one in another shape than `config` says."
+    check_counts(config, shapes)
     if shapes == dense_shapes(config): return
     from transformers import CONFIG_MAPPING
     kind = config.get("model_type")

@@ -12,6 +12,7 @@ from torch import nn
 # %% ../../nbs/models/expected.ipynb #0f9baebc
 from ..core.errors import UsageError
 from ..core.text_config import read_config
+from .sites import check_counts
 from .skeleton import checkpoint_names, misshapen_tensor, missing_tensor, on_disk, saved_state, skeleton
 
 # %% ../../nbs/models/expected.ipynb #867b72c1
@@ -78,6 +79,7 @@ def written_names(
     shapes: dict[str, tuple], # tensor name -> shape
 ) -> dict[str, str]:          # the name that transformers writes -> the other name that the checkpoint has
     "Tensors that lie under older names; empty for a type that transformers does not build."
+    check_counts(config, shapes)
     if not shapes or shapes == dense_shapes(config): return {}
     try: model, whole = skeleton(config, shapes), read_config(config)
     except UsageError: return {} # whoever plans a run says so
