@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['logger', 'WITHOUT_EFFECT', 'length_of', 'calibration_of', 'windows_at_a_time', 'sample_from', 'need_of',
-           'data_free_need', 'conversion_of', 'searching_of', 'check_pairs', 'identity', 'RunJournal',
-           'calibrated_carry', 'tell_report', 'tell_suppression', 'log_layers']
+           'data_free_need', 'conversion_of', 'searching_of', 'products_per_second', 'search_products', 'tell_search',
+           'check_pairs', 'identity', 'RunJournal', 'calibrated_carry', 'tell_report', 'tell_suppression', 'log_layers']
 
 # %% ../nbs/calibrated.ipynb #715f64c0
-import logging
+import logging, os
 from functools import partial
+from math import prod
 from time import perf_counter, process_time
 from typing import Any
 import torch
@@ -23,7 +24,7 @@ from .core.block_flow import flow_of
 from .core.decoder_walk import Storage, begin, climb
 from .core.errors import UsageError
 from .core.memory import MemoryNeed, available, fit, give_back, mib, predict, predict_data_free, resident
-from .core.memory import RANGES, searching_bytes, tight_memory
+from .core.memory import RANGES, SEARCHED, searching_bytes, tight_memory
 from .core.outlier_sizes import model_sizes
 from .core.outlier_suppression_registry import is_blockwise
 from .core.plan import Plan
@@ -112,6 +113,7 @@ def need_of(
     tensors = {name: (info.dtype, info.shape) for name, info in source.tensors.items()}
     wanted = {name for who in (quantizer, *suppressors) for name in who.needed_statistics()}
     if any(map(is_blockwise, suppressors)): wanted.add("maxima") # of what they leave, for the report
+    tell_search(plan, tensors, adapter, source.config, suppressors, c["num_samples"] * length_of(recipe, source.config))
     need = predict(plan, tensors, adapter.block_of, source.config, c["num_samples"], length_of(recipe, source.config),
                    c["batch_size"], tuple(wanted), source.dtype.itemsize,
                    model.config._attn_implementation or "eager",
@@ -143,6 +145,50 @@ def searching_of(plan:Plan, tensors:dict, adapter, config:dict, suppressors:tupl
     grids = [l.scheme.activations for l in plan.quantized]
     static = any(grid and not grid.dynamic and grid.range_rule == "mse" for grid in grids)
     return searching_bytes(tensors, pairs, fact(config, "hidden_size")) + static * RANGES
+
+# %% ../nbs/calibrated.ipynb #6e4d179f
+def products_per_second(
+    device:str, # Where
+) -> float:     # float32
+    "Multiplications and additions of a matrix product, timed on this machine as it is loaded now."
+    left, right, best = torch.ones(512, 768, device=device), torch.ones(768, 768, device=device), float("inf")
+    for _ in range(5):
+        start = perf_counter()
+        (left @ right).sum().item()
+        best = min(best, perf_counter() - start)
+    return 2 * 512 * 768 * 768 / best
+
+def search_products(
+    tensors:dict,  # Every tensor: name to (dtype, shape)
+    pairs,         # The smoothing pairs of one block
+    block:int,     # Its parameters
+    trials:int,    # Edits of a pair that are tried
+    tokens:int,    # On which they are judged
+) -> int:
+    "How many multiplications and additions the search takes in one block."
+    shape = lambda name: tensors.get(f"{name}.weight", (None, ()))[1]
+    found = 2 * block * tokens * 4 # one pass to record, three to compare
+    for pair in pairs:
+        inside = pair.consumers
+        if len(shape(pair.producer)) == 1: # a norm: what holds all of its readers is run again
+            where = os.path.commonprefix([name.split(".")[:-1] for name in pair.consumers])
+            start = ".".join(where) + "."
+            inside = [name.removesuffix(".weight") for name in tensors if name.startswith(start) and name.endswith(".weight")]
+        found += 2 * sum(prod(shape(name)) for name in inside) * tokens // 2 * (trials + 1)
+    return found
+
+def tell_search(plan:Plan, tensors:dict, adapter, config:dict, suppressors:tuple, tokens:int, device:str="cpu"):
+    "Say how long the suppressors' searches will take; nothing where none searches."
+    searching = [s for s in suppressors if is_blockwise(s) and s.searches()]
+    if not searching: return
+    blocks, count = {}, 0
+    for name, (_, shape) in tensors.items():
+        if len(shape) > 1: blocks[adapter.block_of(name)] = blocks.get(adapter.block_of(name), 0) + prod(shape)
+    for index in {l.block for l in plan.quantized}:
+        pairs = adapter.smoothing_pairs(config, index)
+        count += sum(search_products(tensors, pairs, blocks.get(index, 0), s.trials, min(tokens, SEARCHED)) for s in searching)
+    seconds = 1.5 * count / products_per_second(device)
+    logger.info("%s: the search for factors will take about %.0f s", ", ".join(s.name for s in searching), max(seconds, 1))
 
 # %% ../nbs/calibrated.ipynb #1f283a98
 def check_pairs(

@@ -20,6 +20,7 @@ class BaseOutlierSuppressor:
     name = ""                          # As it is registered
     scope = "block"                    # "block" or "model"
     options: tuple[Option, ...] = ()   # What the section quantization.NAME may say
+    trials = 0                         # About how many edits of a pair it tries, where it searches
     settings = MappingProxyType({})    # The options' values, set by `configure`
 
     def configure(self,

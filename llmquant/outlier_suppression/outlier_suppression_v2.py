@@ -81,7 +81,7 @@ def find_scale(self:SmoothingSite,
 # %% ../../nbs/outlier_suppression/outlier_suppression_v2.ipynb #c23b776f
 class OutlierSuppressionV2(SiteSuppressor):
     "Shift where both sides have a bias, scale above a threshold; threshold and strength are searched for each pair."
-    name = "outlier_suppression_v2"
+    name, trials = "outlier_suppression_v2", 24
     options = (Option("declare_biases", bool, True, "give a Llama without biases explicit zero biases in attention, "
                       "so that values can be shifted; written as attention_bias: true"),)
 

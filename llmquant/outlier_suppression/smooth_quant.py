@@ -31,7 +31,7 @@ def smoothing_factors(
 # %% ../../nbs/outlier_suppression/smooth_quant.ipynb #cc74a2c5
 class SmoothQuantSuppressor(SiteSuppressor):
     "Divide activations and multiply weights by factors between the sizes of both."
-    name = "smooth_quant"
+    name, trials = "smooth_quant", 6
     options = (
         Option("alpha", float, "auto", "how much of the activations' size the weights take over; auto: each pair its "
                "own, or 0.5 where auto_alpha is false", minimum=0, maximum=1, auto=True),
