@@ -206,11 +206,13 @@ def _statistics(plan:Plan, statistics:tuple[str, ...], rescales:bool=False) -> t
     "Floats of a block's statistics, and how many more there are at the worst moment of solving, small weights first."
     squares = sum(name in statistics for name in ("hessian", "cross"))
     total, worst = 0, 0
+    one = max((l.out_features * l.in_features * (1 + COPIES[l.scheme.range_rule]) for l in plan.quantized), default=0)
     for inputs in _inputs_of(plan).values():
         left = held = squares * sum(width**2 for width, _ in inputs)
         for (width, _), rows in sorted(inputs.items(), key=lambda item: item[0][0] * item[1]):
             factor = width**2 if squares == 1 and not rescales else 0 # cross goes when the factor comes
-            worst = max(worst, left + factor + (4 if rescales or not squares else 3) * rows * width)
+            copies = (4 if rescales else 3) * rows * width if squares else one + rows * width // 4 # and the codes of all
+            worst = max(worst, left + factor + copies)
             left -= squares * width**2
         total = max(total, held)
     return total, max(worst - total, 0)
