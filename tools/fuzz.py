@@ -112,7 +112,7 @@ def mutate(value, draw):
     elif way == 1 and isinstance(container, dict):
         container[draw.choice(["x", "dtype", "", f"{key}x"])] = container.pop(key)
     elif way == 2:
-        other, theirs = draw.choice(list(places(value)))
+        other, theirs = draw.choice(list(places(value)) or [(container, key)])
         container[key] = json.loads(json.dumps(other[theirs], default=lambda deep: "deep"))
     elif way < 5: container[key] = nudge(container[key], draw)
     else: container[key] = draw.choice(ODD)
@@ -463,12 +463,13 @@ def in_children(bases, tasks, seed):
             if len(answers) < len(tasks): yield *tasks[len(answers)], "?", [("?", None, "the process died")]
             tasks = tasks[len(answers) + 1:]
             continue
-        with os.fdopen(theirs, "w") as pipe:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            for kind, number in tasks:
-                signal.setitimer(signal.ITIMER_PROF, 4 * SECONDS)  # ends the process where no Python runs any more
-                print(json.dumps(try_one(bases, kind, number, seed)), file=pipe, flush=True)
-        os._exit(0)
+        try:  # whatever happens, this process must not go on with what is the other's, and delete its folders
+            with os.fdopen(theirs, "w") as pipe:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+                for kind, number in tasks:
+                    signal.setitimer(signal.ITIMER_PROF, 4 * SECONDS)  # ends the process where no Python runs any more
+                    print(json.dumps(try_one(bases, kind, number, seed)), file=pipe, flush=True)
+        finally: os._exit(0)
 
 
 def table(ends, faults, examples):
