@@ -219,6 +219,6 @@ def with_words(
     **how,             # Its arguments
 ) -> tuple[Callable[[list], Iterable], Callable[[list], None]]: # To wrap the steps, and to hear their results
     "Progress that says of each step what came out worst."
-    words = []
-    def tell(results): words[:] = [worst_of(results)]
-    return partial(progress, state=lambda: "".join(words), **how), tell
+    heard = [] # described only when somebody asks
+    def tell(results): heard[:] = [results]
+    return partial(progress, state=lambda: worst_of(*heard) if heard else "", **how), tell
