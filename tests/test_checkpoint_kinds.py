@@ -98,7 +98,8 @@ def test_side_files_may_be_links(checkpoints, tmp_path):
 
 @pytest.mark.parametrize("section", [
     {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
-    {"text_config": {"quantization_config": {"quant_method": "awq", "bits": 4}}}])
+    {"text_config": {"quantization_config": {"quant_method": "awq", "bits": 4}}},
+    {"text_config": {"quantization_config": "fp8"}}])
 def test_a_stale_section_is_left_out(checkpoints, tmp_path, section, caplog):
     base = checkpoints("llama")
     model = variant(base, tmp_path / "model", **section)

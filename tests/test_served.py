@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import tiny
+import tiny_gguf
 import tiny_tokenizer
 import torch
 import yaml
@@ -52,12 +53,12 @@ def server(asked, wrong):
     return ask
 
 
-def verify(folder, monkeypatch, wrong, **more):
+def verify(folder, monkeypatch, wrong, base="base", **more):
     "What the verification finds with such a server, and what it asked."
     asked = []
     monkeypatch.setattr(proof, "vllm_installed", lambda: True)
     monkeypatch.setattr(served_check, "ask_vllm_many", server(asked, wrong))
-    try: return proof.verify(folder/"w4", folder/"base", **more)["vllm"], asked
+    try: return proof.verify(folder/"w4", folder/base, **more)["vllm"], asked
     except ProofError as error: return str(error), asked
 
 
@@ -73,6 +74,15 @@ def test_a_wrong_export(folder, monkeypatch):
     assert found.startswith("the export: vLLM computes another model, mean KL ")
     assert found.endswith("; the float reference, served in the same way, is right")
     assert [dtype for name, dtype, _ in asked if name == "base"] == ["float16", "bfloat16", "float32"]
+
+
+def test_a_wrong_export_of_a_gguf(tmp_path, monkeypatch):
+    "Its reference is served with the weights unpacked, so that a reference that cannot be loaded is not taken for a fault."
+    path = tmp_path/"base.gguf"
+    tiny_gguf.write(path, tiny_gguf.model("llama"), "llama", keys=[("rope.dimension_count", 16, "UINT32")])
+    quantize(path, tmp_path/"w4", bits=4, group_size=32)
+    found, asked = verify(tmp_path, monkeypatch, {("w4", "float16")}, path.name)
+    assert found.endswith("; the float reference, served in the same way, is right") and len(asked) == 6
 
 
 def test_a_server_that_is_wrong_in_one_dtype(folder, monkeypatch):

@@ -132,10 +132,10 @@ def _value(
         if counted: cursor.skip(count * width)
         else: cursor.need(count * width)
         return count if counted else list(cursor.take(f"<{count}{_NUMBERS[element]}"))
-    if element not in (_TEXT, _ARRAY): raise _damaged(cursor.file.name, f"an array of type {element}")
+    if element != _TEXT: raise _damaged(cursor.file.name, f"an array of type {element}") # nor does llama.cpp nest them
     cursor.need(8 * count)
-    if not counted: return [_value(cursor, element, False) for _ in range(count)]
-    for _ in range(count): cursor.skip(cursor.take("<Q")[0]) if element == _TEXT else _value(cursor, element, True)
+    if not counted: return [cursor.text() for _ in range(count)]
+    for _ in range(count): cursor.skip(cursor.take("<Q")[0])
     return count
 
 # %% ../../nbs/checkpoint/gguf.ipynb #674853b4

@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from .gguf import GGUFHeader, read_gguf_tensor
 from .gguf_config import (
     ROPE_TENSORS, as_a_whole, check_keys, read_config, rope_scaling, shortest, with_rope)
-from ..core.errors import UsageError
+from ..core.errors import UsageError, one_line
 from ..models.sites import check_counts
 from ..models.skeleton import checkpoint_names, on_disk
 
@@ -45,8 +45,8 @@ class GGUFModel:
         try:
             with torch.device("meta"): self.model = transformers.AutoModelForCausalLM.from_config(self.config)
         except (ValueError, TypeError, ZeroDivisionError, RuntimeError, AssertionError) as error:
-            raise UsageError(f"{header.path}: transformers cannot build this model ({str(error).splitlines()[0]}); give "
-                             "safetensors instead") from None
+            raise UsageError(f"{header.path}: transformers cannot build this model ({type(error).__name__}: "
+                             f"{one_line(error)}); give safetensors instead") from None
         self.places = self._whole_places() if self.whole else self._places()
 
 # %% ../../nbs/checkpoint/gguf_model.ipynb #4ada9380

@@ -64,7 +64,8 @@ def _tells_of_block(
     value, # a parsed line
 )->bool:
     "Whether a line is what `finish_block` writes."
-    return isinstance(value, dict) and type(value.get("block")) is int and isinstance(value.get("inputs", {}), dict)
+    kinds = {"block": int, "results": dict, "tensors": list, "inputs": dict}
+    return isinstance(value, dict) and all(type(value.get(key)) is kind for key, kind in kinds.items())
 
 def read_blocks(
     path:Path, # of blocks.jsonl

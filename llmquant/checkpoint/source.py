@@ -434,7 +434,8 @@ def _refuse_unusable(
     "Refuse models that are quantized already or that need code nobody allowed."
     section = _drop_section_(source.config)
     method = section.get("quant_method", "an unnamed method") if isinstance(section, dict) else section
-    if not section or method == "fp8": source.unscale_(section.get("weight_block_size") if section else None)
+    block = section.get("weight_block_size") if isinstance(section, dict) else None
+    if not section or method == "fp8": source.unscale_(block)
     elif coded := find_coded(source.tensors):
         raise UsageError(f"{source.origin}: is already quantized ({method}, tensor {coded}); give the unquantized "
                          "checkpoint")

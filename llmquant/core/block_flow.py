@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
-from .errors import UsageError
+from .errors import UsageError, one_line
 
 # %% ../../nbs/core/block_flow.ipynb #00a22f04
 class WithoutWeights(TorchDispatchMode):
@@ -280,6 +280,6 @@ def flow_of(
         return _read_flow(watch_calls(model, blocks), len(blocks))
     except _Refused as refused: why = str(refused)
     except Exception as error: # any code of any architecture ran, and a traceback of it helps nobody
-        why = f"its decoder does not run on token ids alone ({type(error).__name__}: {str(error).splitlines()[0]})"
+        why = f"its decoder does not run on token ids alone ({type(error).__name__}: {one_line(error)})"
     raise UsageError(f"model type {model.config.model_type!r}: {why}, so its blocks cannot be calibrated one by one; use "
                      "minmax or hqq, without outlier suppression and without static activation scales")

@@ -162,9 +162,10 @@ def serve_reference(reference: str | Path,     # MODEL
                     ) -> dict[str, str]:       # dtype -> what is wrong with vLLM's answer; empty: right
     "What vLLM makes of the unquantized model in every dtype."
     with closing(open_checkpoint(reference)) as source:
-        answers = ask_vllm_many([Job(str(source.path), prompts, dtype, sample=1) for dtype in DTYPES], stock)
+        folder = source.with_weights()  # of a GGUF or float8 codes, what the export was made from
+        answers = ask_vllm_many([Job(str(folder), prompts, dtype, sample=1) for dtype in DTYPES], stock)
         def wrong(dtype, said):
-            return said.error or objection(compare(source.path, prompts, said), dtype)
+            return said.error or objection(compare(folder, prompts, said), dtype)
         return {dtype: wrong(dtype, said) for dtype, said in zip(DTYPES, answers, strict=True)}
 
 # %% ../../nbs/evaluation/served_check.ipynb #7a5ea25d
