@@ -1,8 +1,6 @@
 """A GGUF read tensor by tensor: the same bits as transformers' whole conversion, and nothing dropped without a word."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import tiny_gguf

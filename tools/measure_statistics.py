@@ -14,7 +14,6 @@ import argparse
 import copy
 import json
 import os
-import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace

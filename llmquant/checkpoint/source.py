@@ -220,21 +220,26 @@ def with_weights(self:CheckpointSource)->Path:
     folder = Path(self._whole.name)
     if any(folder.iterdir()): return folder
     (folder / "config.json").write_text(json.dumps(self.config, indent=2), encoding="utf-8")
-    for path in self.side_files:
+    if changed := bool(self.scaled or self.renamed): write_whole(self, folder)
+    shards = [] if changed else [self.path / name for name in {INDEX, *(info.file for info in self.stored.values())}]
+    for path in filter(Path.exists, [*self.side_files, *shards]):
         (folder / path.relative_to(self.path)).parent.mkdir(parents=True, exist_ok=True)
         (folder / path.relative_to(self.path)).symlink_to(path.absolute())
-    write_whole(self, folder)
     return folder
 
 def write_whole(
     source:CheckpointSource, # open
     folder:Path, # receives one shard
 ):
-    "Write all tensors as they are read, one after the other."
+    "Write all tensors as they are read, one after the other; `UsageError` when the disk does not take them."
     header, _ = plan_shard(SINGLE, [*source.tensors], {name: (i.dtype, i.shape) for name, i in source.tensors.items()})
-    with open(folder / SINGLE, "wb") as file:
-        file.write(header)
-        for name, info in source.tensors.items(): file.write(as_bytes(source.tensor(name).to(info.dtype)))
+    try:
+        with open(folder / SINGLE, "wb") as file:
+            file.write(header)
+            for name, info in source.tensors.items(): file.write(as_bytes(source.tensor(name).to(info.dtype)))
+    except OSError as error:
+        raise UsageError(f"{folder}: does not take the {sum(i.nbytes for i in source.tensors.values())} bytes of the model "
+                         f"that a library is to load ({error.strerror}); free some, or set TMPDIR to another disk") from None
 
 # %% ../../nbs/checkpoint/source.ipynb #be2015d0
 def fingerprint(

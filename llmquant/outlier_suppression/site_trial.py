@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 from ..core.block_walk import rounded
+from ..core.memory import SEARCHED
 
 # %% ../../nbs/outlier_suppression/site_trial.ipynb #f1039e26
 def parts_of(
@@ -113,7 +114,7 @@ def _divided(site, taken:Tensor|None):
         for hook in hooks: hook.remove()
 
 # %% ../../nbs/outlier_suppression/site_trial.ipynb #4c542660
-TOKENS = 2048 # Of the calibration text, on which a search judges: whole batches, until there are so many
+TOKENS = SEARCHED # Of the calibration text, on which a search judges: whole batches, until there are so many
 
 @torch.no_grad()
 def record(
