@@ -30,7 +30,7 @@ from llmquant.core.statistics import LayerStats
 from llmquant.evaluation import proof, served_check, served_model
 from llmquant.evaluation.kernels import PER_TOKEN
 from llmquant.evaluation.served_linears import linear_errors, parts_of, place, token_error
-from llmquant.evaluation.vllm_check import Job, ask_vllm_many, child_environment
+from llmquant.evaluation.vllm_check import Answer, Job, ask_vllm_many, child_environment
 from llmquant.loading import load
 
 AMX = torch.cpu._is_amx_tile_supported() and os.environ.get("LLMQUANT_CPU_AMX") != "0"
@@ -169,6 +169,17 @@ def test_linear_error_finds_what_differs(folder):
     assert error(model, y) <= 1e-7
     assert 9e-4 < error(model, 1.001 * y) < 1.1e-3
     assert error(load(folder/"static", torch.float32, activations=False), y) > 1e-3
+
+
+def test_linears_that_cannot_be_compared_are_reported(folder, caplog):
+    "A vLLM whose names are others, and one that was not asked: the first is no silence."
+    config, model = json.loads((folder/"static"/"config.json").read_text()), load(folder/"static", torch.float32, activations=False)
+    x = np.zeros((2, 128), np.float32)
+    for linears, found in ({"trunk.7.mix": (x, x)}, {"linears": 0}), ({}, {}):
+        caplog.clear()
+        said = Answer(linears=linears, dtype="float32")
+        assert served_check.compare_linears(model, folder/"static", config, said) == found
+        assert ("none was compared by itself" in caplog.text) == bool(found)
 
 
 LIBRARY = """

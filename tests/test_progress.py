@@ -92,6 +92,16 @@ def test_quiet_still_complains(model, tmp_path, capfd):
         assert said.err.count("\n") == 1
 
 
+@pytest.mark.parametrize("alpha", ["auto", "0.5"])
+def test_check_predicts_the_search(model, alpha, caplog):
+    "How long the search for factors will take is said before anything is done, where there is one."
+    with restored_logging():
+        assert cli.main(["check", "--model-path", str(model), *PLAIN, "--outlier-suppression", "smooth_quant", *TEXT,
+                         "--set", f"quantization.smooth_quant.alpha={alpha}"]) == 0
+    said = re.search(r"smooth_quant: the search for factors will take about [1-9]\d* s$", caplog.text, re.M)
+    assert bool(said) == (alpha == "auto"), caplog.text
+
+
 def test_bar_on_a_terminal(model, tmp_path):
     "One bar that is drawn over."
     ours, theirs = pty.openpty()
