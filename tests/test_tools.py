@@ -106,3 +106,10 @@ def test_requirements_of_the_cpu_vllm(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.whl", "w") as archive:
         archive.writestr("a.dist-info/METADATA", "Name: a\n" + "".join(f"Requires-Dist: {w}\n" for w in wanted))
     assert requirements(tmp_path / "a.whl") == ["numpy>=1", 'x[y]>=2; python_version > "3"']
+
+
+def test_code_blocks_of_the_docs_hold_no_links():
+    from docs import unlinked_code
+    linked = "# From [`resolve`](https://a.example/utils/config.html#resolve)"
+    assert unlinked_code(f"see {linked}\n\n```python\ndef run(\n    recipe, {linked}\n)\n```\n\nand {linked}") == \
+        f"see {linked}\n\n```python\ndef run(\n    recipe, # From `resolve`\n)\n```\n\nand {linked}"

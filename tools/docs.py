@@ -23,6 +23,8 @@ from readme import readme
 
 KATEX_CDN = re.compile(r"https://cdn\.jsdelivr\.net/npm/katex@[\d.]+/dist")
 LINK = re.compile(r'(?:href|src)="([^"]+)"')
+FENCE = re.compile(r"^```.*?^```$", re.S | re.M)
+LINKED_NAME = re.compile(r"\[(`[^`\]]+`)\]\([^)\s]+\)")
 
 
 def needed_for_docs(cell):
@@ -74,11 +76,26 @@ def split_first_cell(notebook):
         cell.idx_ = number
 
 
+def unlinked_code(text):
+    "Markdown whose code blocks hold no links: nbdev links names in the comments of a signature too, where nothing renders them."
+    return FENCE.sub(lambda block: LINKED_NAME.sub(r"\1", block[0]), text)
+
+
+def unlink_signatures(notebook):
+    "Apply `unlinked_code` to what cells show as Markdown."
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            shown = output.get("data", {})
+            if "text/markdown" in shown:
+                shown["text/markdown"] = unlinked_code("".join(shown["text/markdown"]))
+
+
 def process(source, target):
     "Process one notebook as nbdev does before it calls Quarto."
     notebook = read_nb(source)
     split_first_cell(notebook)
     Docs()(notebook)
+    unlink_signatures(notebook)
     front = notebook.cells[0]
     if front.cell_type == "raw":
         front.source = re.sub(r"^output-file:.*\n", "", front.source, flags=re.M)
