@@ -1,9 +1,15 @@
 """Calibrated methods on a GPU: the CPU's errors, and the same codes through both doors. Skipped where there is none."""
+import sys
+from pathlib import Path
+
 import pytest
 import tiny
 import tiny_tokenizer
 import torch
 import yaml
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+import measure_statistics as statistics
 
 from llmquant import quantize
 from llmquant.core.quant_linear import QuantLinear
@@ -14,10 +20,12 @@ METHODS = {"minmax": {}, "gptq": {}, "gptq, true_sequential": {"true_sequential"
            "gptq, order": {"desc_act": True}, "awq": {}, "hqq": {}, "hqq, float zeros": {"float_zeros": True}}
 
 
-def errors(name, device):
+def errors(name, device, model=None):
     "Relative error of each Linear of a tiny model quantized on a device."
-    quantizer, model = QuantizerRegistry.get(name.split(",")[0])(), tiny.build("llama", torch.float32).to(device)
-    tokens = torch.randint(3, 512, (8, 64), generator=torch.Generator().manual_seed(0))
+    quantizer = QuantizerRegistry.get(name.split(",")[0])()
+    model = (tiny.build("llama", torch.float32) if model is None else model).to(device)
+    vocabulary = model.config.get_text_config().vocab_size
+    tokens = torch.randint(3, vocabulary, (8, 64), generator=torch.Generator().manual_seed(0))
     config = {**METHODS[name], **({} if quantizer.data_free else {"calibration": {"batch_size": 4}})}
     quantizer.quantize(model, bits=4, group_size=32, calibration_data=None if quantizer.data_free else tokens,
                        config=config)
@@ -31,6 +39,14 @@ def test_a_gpu_gives_the_errors_of_the_cpu(name):
     here, there = errors(name, "cpu"), errors(name, "cuda")
     assert here.keys() == there.keys() and len(here) == 14
     for layer, error in here.items(): assert there[layer] == pytest.approx(error, rel=0.02), layer
+
+
+@pytest.mark.parametrize("kind", ["gemma4_text", "gemma3n_text", "glm_moe_dsa", "deepseek_v3", "qwen3_next", "whisper"])
+def test_what_travels_between_blocks_travels_on_a_gpu(kind):
+    "Decoders whose blocks hand on more than hidden states, or whose arguments differ by window."
+    here, there = (errors("gptq", device, statistics.build(kind)) for device in ("cpu", "cuda"))
+    assert here.keys() == there.keys() and here
+    for layer, error in here.items(): assert there[layer] == pytest.approx(error, rel=0.05, abs=1e-3), layer
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])

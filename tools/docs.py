@@ -77,7 +77,7 @@ def split_first_cell(notebook):
 
 
 def unlinked_code(text):
-    "Markdown whose code blocks hold no links: nbdev links names in the comments of a signature too, where nothing renders them."
+    "Markdown without links in its code blocks: nbdev links names in a signature's comments, where nothing renders them."
     return FENCE.sub(lambda block: LINKED_NAME.sub(r"\1", block[0]), text)
 
 
