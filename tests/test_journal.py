@@ -470,3 +470,91 @@ def test_the_command_says_what_is_kept(tmp_path, reference, number):
                            "from there\n")
     export(tmp_path / "o")
     assert content(tmp_path / "o") == reference and left(tmp_path) == ["o"]
+
+
+NO_LOCKS = {name: getattr(errno, name) for name in ("ENOSYS", "ENOTSUP", "ENOLCK")}
+
+
+@pytest.fixture(params=NO_LOCKS.values(), ids=NO_LOCKS)
+def no_locks(request, monkeypatch):
+    "A disk that refuses every lock; processes of this one's see the same."
+    def refused(*_): raise OSError(request.param, os.strerror(request.param))
+    monkeypatch.setattr("fcntl.flock", refused)
+
+
+def killed_after(folder, block, run=export):
+    "A run that is killed before a block."
+    child = fork(lambda: run(folder / "out", lambda number: number == block and os.kill(os.getpid(), signal.SIGKILL)))
+    assert ended(child) == -signal.SIGKILL
+    return [path for path in folder.glob("out.partial-*")]
+
+
+def test_without_locks_a_run_leaves_nothing(tmp_path, reference, no_locks):
+    "The file that names the owner moves with the folder, and goes with the run."
+    export(tmp_path / "out")
+    assert content(tmp_path / "out") == reference and left(tmp_path) == ["out"]
+
+
+def test_without_locks_a_dead_run_of_this_machine_is_gone_on_with(tmp_path, reference, no_locks):
+    "Where the owner's file alone is left, as newer versions of filelock leave it, and beside an empty lock."
+    for lock in (False, True):
+        (partial,) = killed_after(tmp_path, 2)
+        assert (partial / "journal/lock.owner").is_file()
+        (partial / "journal/lock").touch() if lock else (partial / "journal/lock").unlink(missing_ok=True)
+        export(tmp_path / "out", started=tmp_path / "started")
+        assert content(tmp_path / "out") == reference and (tmp_path / "started").read_text() == "2"
+        assert left(tmp_path) == ["out", "started"]
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_without_locks_a_dead_run_without_journal_is_removed(tmp_path, no_locks):
+    (partial,) = killed_after(tmp_path, 2, export_at_once)
+    (partial / "journal/lock").unlink(missing_ok=True)
+    export_at_once(tmp_path / "out")
+    assert left(tmp_path) == ["out"]
+
+
+def test_without_locks_the_same_process_goes_on(tmp_path, reference, no_locks):
+    "A run that an error ended gives its folder back, though that was renamed meanwhile."
+    with pytest.raises(OSError): export(tmp_path / "out", lambda block: block == 2 and exec("raise OSError(5, 'no')"))
+    export(tmp_path / "out", started=tmp_path / "started")
+    assert content(tmp_path / "out") == reference and (tmp_path / "started").read_text() == "2"
+
+
+def test_without_locks_a_run_of_another_machine_counts_as_alive(tmp_path, no_locks):
+    (partial,) = killed_after(tmp_path, 2)
+    owner = partial / "journal/lock.owner"
+    number, _, *more = owner.read_text().splitlines()
+    owner.write_text("\n".join([number, "another-machine", *more]) + "\n")
+    before = content(tmp_path)
+    with pytest.raises(UsageError, match="another run is writing it, .*no locks: .*lock.owner names .*delete the folder"):
+        export(tmp_path / "out")
+    assert content(tmp_path) == before
+
+
+def test_a_disk_on_which_no_folder_can_be_locked_is_one_error(tmp_path, monkeypatch):
+    "Whatever the lock's package answers: attempts end, and nothing is left."
+    def busy(folder): raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), str(folder))
+    monkeypatch.setattr("llmquant.checkpoint.journal.lock_folder", busy)
+    with pytest.raises(UsageError, match="out: none of 20 new folders beside it could be locked; choose"):
+        export(tmp_path / "out")
+    assert left(tmp_path) == []
+
+
+@pytest.mark.parametrize("run", [export, export_at_once])
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_complete_export_that_could_not_be_moved_is_no_litter(tmp_path, run, resume, monkeypatch):
+    "The disk takes neither the name nor OUT.failed: what is complete stays, whatever runs come after."
+    rename = os.rename
+    def refused(old, new):
+        if Path(new).name.partition("-")[0] in ("out", "out.failed"): raise OSError(errno.EIO, os.strerror(errno.EIO))
+        rename(old, new)
+    with monkeypatch.context() as disk, pytest.raises(UsageError) as error:
+        disk.setattr(os, "rename", refused)
+        run(tmp_path / "out")
+    (partial,) = tmp_path.glob("out.partial-*")
+    assert [f"the export is complete and lies in {partial}"] == error.value.__notes__
+    kept = content(partial)
+    export_at_once(tmp_path / "out", resume=resume)
+    export(tmp_path / "out", overwrite=True, resume=resume)
+    assert content(partial) == kept and left(tmp_path) == ["out", partial.name]

@@ -258,10 +258,17 @@ class ExportFolder(PartialFolder):
         while self._open:
             try: self._move(failed_name(self.output), True)
             except UsageError: continue # somebody took that name meanwhile
-            except OSError:
-                self.journal.close()
-                self._open = False
+            except OSError: return self._keep_here()
         return f"the export is complete and lies in {self.folder}"
+
+    def _keep_here(self)->str: # for people
+        "A folder without a journal is nobody's unfinished run, so no later run deletes it."
+        self._open, moved = False, ""
+        try: self.journal.remove()
+        except OSError:
+            self.journal.close()
+            moved = "; move it before the next run, which would take it for an unfinished one"
+        return f"the export is complete and lies in {self.folder}{moved}"
 
 # %% ../../nbs/checkpoint/folders.ipynb #59ca6b77
 @patch
