@@ -171,15 +171,36 @@ def test_linear_error_finds_what_differs(folder):
     assert error(load(folder/"static", torch.float32, activations=False), y) > 1e-3
 
 
-def test_linears_that_cannot_be_compared_are_reported(folder, caplog):
-    "A vLLM whose names are others, and one that was not asked: the first is no silence."
-    config, model = json.loads((folder/"static"/"config.json").read_text()), load(folder/"static", torch.float32, activations=False)
-    x = np.zeros((2, 128), np.float32)
-    for linears, found in ({"trunk.7.mix": (x, x)}, {"linears": 0}), ({}, {}):
-        caplog.clear()
-        said = Answer(linears=linears, dtype="float32")
-        assert served_check.compare_linears(model, folder/"static", config, said) == found
-        assert ("none was compared by itself" in caplog.text) == bool(found)
+def test_linears_that_cannot_be_compared(folder, monkeypatch):
+    "A vLLM whose names are others, or that hands over nothing, verifies no grid; on CUDA nothing is asked for."
+    model = load(folder/"static", torch.float32, activations=False)
+    x, name = torch.randn(2, 128, generator=torch.Generator().manual_seed(5)), "model.layers.1.mlp.gate_proj"
+    with torch.no_grad(): y = load(folder/"static", torch.float32).get_submodule(name)(x)
+    def figures(linears, cuda=False, export="static"):
+        config = json.loads((folder/export/"config.json").read_text())
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+        found = served_check.compare_linears(model, folder/export, config, Answer(linears=linears, dtype="float32"))
+        return found, served_check.objection({"mean_kl": 0, "bound": 1e-4, **found}, "float32")
+    for linears in {"trunk.7.mix": (x, x)}, {}: assert figures(linears) == ({"linears": 0}, served_check.UNSEEN)
+    assert figures({}, export="base") == ({}, "")
+    assert figures({"trunk.7.mix": (x, x)}, cuda=True) == ({"linears": 0}, served_check.UNSEEN)
+    assert figures({}, cuda=True) == ({"linears": "not compared one by one on CUDA"}, "")
+    some, objection = figures({"trunk.7.mix": (x, x), name: (x, y)})
+    assert (some["linears"], some["not_compared"], objection) == (1, 13, "")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on CUDA Linears are not compared one by one")
+def test_a_verification_that_compares_no_linear_fails(folder, monkeypatch):
+    "The answers are right; the float reference is not served, for nothing was found to be wrong."
+    def serve(jobs, stock):
+        job, = jobs
+        logits = served_model.forced_logits(load(job.path, torch.float32), job.prompts)
+        tables = [each.log_softmax(-1).sort(descending=True) for each in logits]
+        return [Answer([t.indices.numpy() for t in tables], [t.values.numpy() for t in tables], dtype=job.dtype)]
+    monkeypatch.setattr(proof, "vllm_installed", lambda: True)
+    monkeypatch.setattr(served_check, "ask_vllm_many", serve)
+    with pytest.raises(ProofError) as caught: proof.verify(folder/"static", folder/"base")
+    assert str(caught.value) == f"not verified: {served_check.UNSEEN}"
 
 
 LIBRARY = """

@@ -245,9 +245,12 @@ def test_messages_never_name_the_partial_folder(folder, tmp_path, monkeypatch):
     partial = shutil.copytree(folder/"awq", tmp_path/"out.partial-123")
     monkeypatch.setattr(proof, "vllm_installed", lambda: True)
     refusal = Answer(error=f"OSError: cannot read {partial}/x")
-    monkeypatch.setattr(served_check, "ask_vllm_many", lambda jobs, stock: [refusal])
-    found = message(ProofError, partial, folder/"base")
-    assert found == "the export: vLLM cannot serve it (OSError: cannot read the export/x)"
+    monkeypatch.setattr(served_check, "ask_vllm_many", lambda jobs, stock: [refusal] * len(jobs))
+    refused = "vLLM cannot serve it (OSError: cannot read the export/x)"
+    assert message(ProofError, partial) == f"the export: {refused}"
+    found = message(ProofError, partial, folder/"base")   # the float reference is refused in the same words
+    assert found == ("the server: the float reference, served in the same way, is not right either: "
+                     f"{refused}; the export is not to blame ({refused}); no dtype is right here, so verify elsewhere")
     (partial/"config.json").write_text("{")
     assert message(UsageError, partial).startswith(f"{tmp_path/'out'}/config.json: ")
 

@@ -1,10 +1,12 @@
-"""Whom a failed verification blames, with a server that is made up: it answers with transformers' own logits, or with wrong
-ones. And what a real server does by default with 4-bit weights on a CPU with AMX.
+"""Whom a failed verification blames, with a server that is made up: it answers with transformers' own logits, with
+wrong ones, or not at all. And what a real server does by default with 4-bit weights on a CPU with AMX.
 """
 import importlib.util
+import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -13,13 +15,16 @@ import tiny_gguf
 import tiny_tokenizer
 import torch
 import yaml
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from llmquant.cli import main
 from llmquant.core.errors import ProofError
-from llmquant.evaluation import proof, served_check
+from llmquant.demo import demo_text
+from llmquant.evaluation import proof, served_check, served_model, vllm_check
 from llmquant.evaluation.kernels import STATIC_NOTE, W4A8_NOTE, W4A8_PRODUCT
 from llmquant.evaluation.served_model import forced_logits
-from llmquant.evaluation.vllm_check import Answer
+from llmquant.evaluation.vllm_check import Answer, Job
 from llmquant.loading import load
 from llmquant.pipeline import quantize
 
@@ -35,14 +40,16 @@ def folder(tmp_path_factory):
     return folder
 
 
-def server(asked, wrong):
-    "A vLLM whose answers are wrong for some (name of the folder, dtype); it keeps what it was asked in `asked`."
+def server(asked, wrong, refused=(), default=None):
+    """A vLLM whose answers are wrong for some (name of the folder, dtype), and that cannot load others; it keeps what
+    it was asked in `asked`, and answers `default` to what a server would do by itself."""
     def ask(jobs, stock=False):
         answers = []
         for job in jobs:
             name = job.path.rpartition("/")[2]
             asked.append((name, job.dtype, job.flexible))
-            if job.only_w4a8: answers.append(Answer(skipped=True)); continue
+            if job.only_w4a8: answers.append(default or Answer(skipped=True)); continue
+            if (name, job.dtype) in refused: answers.append(Answer(error=f"KeyError: {job.path}/{job.dtype}")); continue
             model = load(job.path, torch.float32, served_in=getattr(torch, job.dtype))
             tables = [logits.log_softmax(-1).topk(job.top) for logits in forced_logits(model, job.prompts)]
             ids = [table.indices.numpy() for table in tables]
@@ -53,11 +60,11 @@ def server(asked, wrong):
     return ask
 
 
-def verify(folder, monkeypatch, wrong, base="base", **more):
+def verify(folder, monkeypatch, wrong, base="base", refused=(), default=None, **more):
     "What the verification finds with such a server, and what it asked."
     asked = []
     monkeypatch.setattr(proof, "vllm_installed", lambda: True)
-    monkeypatch.setattr(served_check, "ask_vllm_many", server(asked, wrong))
+    monkeypatch.setattr(served_check, "ask_vllm_many", server(asked, wrong, refused, default))
     try: return proof.verify(folder/"w4", folder/base, **more)["vllm"], asked
     except ProofError as error: return str(error), asked
 
@@ -77,7 +84,7 @@ def test_a_wrong_export(folder, monkeypatch):
 
 
 def test_a_wrong_export_of_a_gguf(tmp_path, monkeypatch):
-    "Its reference is served with the weights unpacked, so that a reference that cannot be loaded is not taken for a fault."
+    "Its reference is served with the weights unpacked, for vLLM could not load it as it is."
     path = tmp_path/"base.gguf"
     tiny_gguf.write(path, tiny_gguf.model("llama"), "llama", keys=[("rope.dimension_count", 16, "UINT32")])
     quantize(path, tmp_path/"w4", bits=4, group_size=32)
@@ -90,7 +97,8 @@ def test_a_server_that_is_wrong_in_one_dtype(folder, monkeypatch):
     wrong = {("w4", "float16"), ("base", "float16")}
     found, _ = verify(folder, monkeypatch, wrong)
     assert found["dtype"] == "bfloat16" and found["mean_kl"] <= found["bound"] and found["own_bfloat16_noise"] > 0
-    assert found["served_again"].startswith("the server: of the float reference, too, vLLM computes another model")
+    assert found["served_again"].startswith("the server: the float reference, served in the same way, is not right "
+                                            "either: vLLM computes another model, mean KL ")
     text, _ = verify(folder, monkeypatch, wrong, dtype="float16")   # what the user asks for is what is judged
     assert text.startswith("the server: ") and text.endswith("it is right in bfloat16, so verify in that")
     text, _ = verify(folder, monkeypatch, wrong | {("w4", "bfloat16")})
@@ -100,7 +108,89 @@ def test_a_server_that_is_wrong_in_one_dtype(folder, monkeypatch):
 def test_a_server_that_is_always_wrong(folder, monkeypatch):
     dtypes = ("float16", "bfloat16", "float32")
     text, _ = verify(folder, monkeypatch, {(name, dtype) for name in ("w4", "base") for dtype in dtypes})
-    assert "the export is not to blame; no dtype is right here, so verify elsewhere" in text
+    assert "the export is not to blame (vLLM computes " in text
+    assert text.endswith("no dtype is right here, so verify elsewhere")
+
+
+CANNOT = "vLLM cannot serve it (KeyError: "
+
+
+def test_an_export_that_cannot_be_loaded(folder, monkeypatch):
+    "The float reference loads in that dtype: vLLM's words, and the export is to blame."
+    text, asked = verify(folder, monkeypatch, (), refused={("w4", "float16")})
+    assert text == f"the export: {CANNOT}the export/float16); the float reference, served in the same way, is right"
+    assert [dtype for name, dtype, _ in asked if name == "base"] == ["float16", "bfloat16", "float32"]
+    monkeypatch.setattr(served_check, "ask_vllm_many", server([], (), {("w4", "float16")}))
+    with pytest.raises(ProofError) as caught: proof.verify(folder/"w4")   # nothing to compare it with
+    assert str(caught.value) == f"the export: {CANNOT}the export/float16)"
+
+
+def test_a_server_that_can_load_neither(folder, monkeypatch):
+    "Another dtype is taken where there is one; where there is none, or the user named his, the server is named."
+    refused = {("w4", "float16"), ("base", "float16")}
+    why = ("the server: the float reference, served in the same way, is not right either: "
+           f"{CANNOT}the reference/float16); the export is not to blame ({CANNOT}the export/float16)); ")
+    found, _ = verify(folder, monkeypatch, (), refused=refused)
+    assert found["dtype"] == "bfloat16" and found["mean_kl"] <= found["bound"]
+    assert found["served_again"] == f"{why}it is right in bfloat16, so verify in that"
+    found, _ = verify(folder, monkeypatch, {("base", "bfloat16")}, refused=refused)
+    assert found["dtype"] == "float32"                      # in bfloat16 the reference loads, and is wrong
+    text, _ = verify(folder, monkeypatch, (), refused=refused, dtype="float16")
+    assert text == f"{why}it is right in bfloat16, so verify in that"
+    text, _ = verify(folder, monkeypatch, (), refused=refused | {("w4", "bfloat16")})
+    assert text == f"the export: {CANNOT}the export/bfloat16); the float reference, served in the same way, is right"
+    everywhere = {(name, dtype) for name in ("w4", "base") for dtype in ("float16", "bfloat16", "float32")}
+    text, _ = verify(folder, monkeypatch, (), refused=everywhere)
+    assert text == f"{why}no dtype is right here, so verify elsewhere"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what a CPU does by default")
+def test_a_default_that_cannot_be_served(folder, monkeypatch):
+    "One line in the report, without the name of a folder that will have another."
+    found, _ = verify(folder, monkeypatch, (), default=Answer(error=f"OSError: {folder/'w4'}/x"))
+    assert found["server_default"] == "not measured: vLLM cannot serve it (OSError: the export/x)"
+    product = {"model.layers.0.mlp.down_proj": W4A8_PRODUCT}
+    answers = [Answer(), Answer(dtype="bfloat16", kernels=product), Answer(error="OSError: x")]
+    ids, logits = [[1, 2, 3]], torch.log(torch.arange(1., 5).repeat(2, 1))
+    monkeypatch.setattr(served_check, "forced_logits", lambda *_: [logits])
+    said = logits.log_softmax(-1).sort(descending=True)
+    answers[1] = replace(answers[1], ids=[said.indices.numpy()], logprobs=[said.values.numpy()])
+    found = served_check.server_default(folder/"w4", ids, answers)["server_default"]
+    assert abs(found["mean_kl"]) < 1e-6
+    assert found["mean_kl_with_float_activations"] == "not measured: vLLM cannot serve it (OSError: x)"
+
+
+@pytest.mark.parametrize("amx", "01")
+def test_a_child_that_begins_with_the_default_job(amx, tmp_path, monkeypatch):
+    "As after a crash of the first job: what replaces vLLM's predicate is at work before that job asks it."
+    seen = []
+    def asks(*_): seen.append(torch.cpu._is_amx_tile_supported())
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx == "0")
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: True)
+    monkeypatch.setattr(vllm_check, "default_is_w4a8", asks)
+    monkeypatch.setenv("LLMQUANT_CPU_AMX", amx)
+    jobs = [Job("x", [[1, 2]]), Job("x", [[1, 2]], only_w4a8=True)]
+    (tmp_path/"jobs.json").write_text(json.dumps(list(map(asdict, jobs))))
+    vllm_check.save_answer(Answer(error="died"), tmp_path, 0)
+    vllm_check.main(tmp_path/"jobs.json")
+    assert seen == [amx == "1"] and vllm_check.load_answer(tmp_path, 1).skipped
+
+
+@pytest.mark.parametrize("template, first", [("<s> $A", 1), ("<s> $A </s>", 1), ("$A </s>", None), ("$A", None)])
+def test_forced_prompts_begin_as_the_models_do(template, first, tmp_path):
+    "BOS in front, once, where the tokenizer puts it there and not where it doesn't; the rest is a piece of the text."
+    tiny_tokenizer.save(tmp_path)
+    file = str(tmp_path/"tokenizer.json")
+    tokenizer = Tokenizer.from_file(file)
+    tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=[("<s>", 1), ("</s>", 2)])
+    tokenizer.save(file)
+    text = demo_text()[1]
+    prompts = served_model.teacher_tokens(tmp_path, {"vocab_size": 512})
+    assert [len(prompt) for prompt in prompts] == [49] * 4
+    for prompt in prompts:
+        assert (prompt[0] == 1) == (first == 1) == (tokenizer.encode("any text").ids[0] == 1)
+        rest = prompt[1:] if first else prompt
+        assert not {1, 2} & set(rest) and tokenizer.decode(rest) in text
 
 
 def test_the_bound_in_bfloat16_is_the_references_own_noise(folder, monkeypatch):

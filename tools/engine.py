@@ -46,11 +46,13 @@ def main(question, folder):
     "Answer every job."
     from safetensors.torch import save_file
 
-    from llmquant.evaluation.vllm_check import Job, load_engine
+    from llmquant.evaluation.kernels import prepare_process
+    from llmquant.evaluation.vllm_check import Job, in_accepted_dtype, load_engine
 
+    prepare_process()
     for number, given in enumerate(json.loads((Path(folder) / "jobs.json").read_text())):
         job = Job(**given)
-        engine = load_engine(job)
+        engine = load_engine(in_accepted_dtype(job))
         tensors, facts = {"text": text}[question](engine, job)
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(tensors, Path(folder) / f"{number}.safetensors", facts)
