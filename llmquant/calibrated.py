@@ -19,7 +19,7 @@ from .calibration.data import CalibrationData, load_calibration
 from .calibration.own_text import AT_A_TIME, own_text, window_bytes
 from .calibration.tokens import window_length
 from .checkpoint.source import CheckpointSource, fingerprint
-from .core.block_source import compute_dtype, for_checkpoint
+from .core.block_source import compute_dtype, for_checkpoint, pick_device
 from .core.block_flow import flow_of
 from .core.decoder_walk import Storage, begin, climb
 from .core.errors import UsageError
@@ -113,7 +113,8 @@ def need_of(
     tensors = {name: (info.dtype, info.shape) for name, info in source.tensors.items()}
     wanted = {name for who in (quantizer, *suppressors) for name in who.needed_statistics()}
     if any(map(is_blockwise, suppressors)): wanted.add("maxima") # of what they leave, for the report
-    tell_search(plan, tensors, adapter, source.config, suppressors, c["num_samples"] * length_of(recipe, source.config))
+    tell_search(plan, tensors, adapter, source.config, suppressors, c["num_samples"] * length_of(recipe, source.config),
+                pick_device(recipe.device_map))
     need = predict(plan, tensors, adapter.block_of, source.config, c["num_samples"], length_of(recipe, source.config),
                    c["batch_size"], tuple(wanted), source.dtype.itemsize,
                    model.config._attn_implementation or "eager",
@@ -177,7 +178,7 @@ def search_products(
         found += 2 * sum(prod(shape(name)) for name in inside) * tokens // 2 * (trials + 1)
     return found
 
-def tell_search(plan:Plan, tensors:dict, adapter, config:dict, suppressors:tuple, tokens:int, device:str="cpu"):
+def tell_search(plan:Plan, tensors:dict, adapter, config:dict, suppressors:tuple, tokens:int, device:str):
     "Say how long the suppressors' searches will take; nothing where none searches."
     searching = [s for s in suppressors if is_blockwise(s) and s.searches()]
     if not searching: return

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['logger', 'NOT_VERIFIED', 'PICTURE', 'ExportSink', 'export_config', 'write_side_files', 'ExportedModel',
            'peak_memory_mib', 'verdict', 'make_report', 'to_yaml', 'write_export', 'draw_suppression', 'prove',
-           'kept_complete', 'plan_of_model', 'hand_over', 'changed_keys', 'side_of_model', 'export_model',
+           'kept_complete', 'plan_of_model', 'hand_over', 'changed_keys', 'side_of_model', 'export_model', 'trusting',
            'adopt_marked']
 
 # %% ../nbs/export.ipynb #2e42f963
 import json, logging, platform, tempfile, time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing, contextmanager, suppress
+from copy import copy
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -331,6 +332,7 @@ def export_model(
         raise UsageError("the model is not quantized (model.config has no quantization_config); "
                          "quantize it before saving")
     if not is_adopted(model): adopt_marked(model, model_config)
+    if getattr(model, "trusts_remote_code", False): adapter = trusting(adapter)
     plan, layers, tensors = plan_of_model(model, adapter, container, format)
     plan.check_servable()
     commit = getattr(model.config, "_commit_hash", None) # of a model that transformers took from the hub
@@ -346,6 +348,14 @@ def export_model(
                             **{"side_files": side_files, "protect": protect} | kwargs)
 
 # %% ../nbs/export.ipynb #69aee33f
+def trusting(
+    adapter, # Of the model's family
+):           # A copy
+    "The adapter of a model whose document has `trust_remote_code: true`."
+    adapter = copy(adapter)
+    adapter.trust_remote_code = True
+    return adapter
+
 def adopt_marked(
     model,         # Holds float weights; edited in place
     config:dict,   # The guide's quantization_config

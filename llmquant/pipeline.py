@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'PACKED', 'make_quantizer', 'make_suppressors', 'plan_checkpoint', 'look_at_output', 'preflight', 'check',
-           'pick_device', 'streams', 'calibrates', 'edited', 'run_in_memory', 'run', 'require_vllm', 'quantize',
-           'count_parameters', 'info']
+           'streams', 'calibrates', 'edited', 'run_in_memory', 'run', 'require_vllm', 'quantize', 'count_parameters',
+           'info']
 
 # %% ../nbs/pipeline.ipynb #c6103d3c
 import logging
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 import torch
 from .calibrated import calibrated_carry, calibration_of, data_free_need, identity, length_of, need_of, windows_at_a_time
+from .core.block_source import pick_device
 from .checkpoint.folders import checked_output, refuse_overlap
 from .checkpoint.source import CheckpointSource, open_any, open_checkpoint
 from .core.errors import UsageError
@@ -104,17 +105,6 @@ def check(
 ) -> Plan:
     "Pre-flight only: the plan, or a `UsageError` with a sentence."
     return preflight(recipe)[0]
-
-# %% ../nbs/pipeline.ipynb #8e95eca0
-def pick_device(
-    device_map:str, # "auto", "cpu", "cuda" or "cuda:1"
-) -> str:           # A device
-    "`auto` is the GPU when there is one."
-    if device_map != "auto":
-        if device_map.startswith("cuda") and not torch.cuda.is_available():
-            raise UsageError(f"device {device_map}: this torch sees no CUDA device; use cpu or auto")
-        return device_map
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 # %% ../nbs/pipeline.ipynb #1eafbdb6
 def streams(

@@ -17,6 +17,8 @@ from llmquant import quantize
 from llmquant.core.errors import UsageError
 from llmquant.core.quant_linear import QuantLinear
 from llmquant.core.quantizer_registry import QuantizerRegistry
+from llmquant.pipeline import check
+from llmquant.utils.config import resolve
 
 TEXT = dict(num_samples=6, max_length=48, batch_size=2)
 KEYS = {f"calibration.{key}": value for key, value in TEXT.items()}
@@ -321,3 +323,14 @@ def test_awq_asks_for_pairs_before_any_work(checkpoints, tmp_path):
     for name, method, config in ("a", "gptq", None), ("b", "awq", clipped):
         report = quantize(checkpoints("gemma2"), tmp_path / name, method, bits=4, group_size=32, config=config, **KEYS)
         assert len(report["layers"]) == 14
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_the_time_of_a_search_is_told_for_the_device_of_the_run(checkpoints, tmp_path, monkeypatch, device):
+    "`check` times a product where the run will compute."
+    seen = []
+    monkeypatch.setattr("llmquant.calibrated.products_per_second", lambda where: seen.append(where) or 1e9)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: device == "cuda")
+    check(resolve({"model_path": str(checkpoints("llama")), "method": "minmax", "group_size": 32,
+                   "quantization.outlier_suppression": "smooth_quant", **KEYS}))
+    assert seen == [device]

@@ -1,6 +1,7 @@
 """A GGUF read tensor by tensor: the same bits as transformers' whole conversion, and nothing dropped without a word."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import tiny_gguf
@@ -263,3 +264,30 @@ def test_a_ceiling_holds_without_calibration(tmp_path):
     assert not (tmp_path / "out").exists()
     report = quantize(path, tmp_path / "out", **given | {"max_memory": "8GB"})
     assert report["memory"]["predicted_peak_mib"] > 200
+
+
+STOPPED = torch.tensor([1.0] * 2 + [1e30] * 6)
+SEVERAL = {
+    "divisors of full attention alone": (torch.linspace(1, 8, 8), {}, "rope_freqs.weight of a gemma3_text"),
+    "features that the configuration turns": (STOPPED, {}, "rope_freqs.weight of a gemma3_text"),
+    "features that it stops too": (STOPPED, {"partial_rotary_factor": 0.25}, None),
+    "no divisors": (torch.ones(8), {}, None),
+}
+
+
+@pytest.mark.parametrize("case", SEVERAL)
+def test_divisors_of_a_model_with_several_rotary_embeddings(case, tmp_path):
+    "They have no place in its configuration: refused in one line, unless they only repeat what it says."
+    from llmquant.checkpoint.gguf import read_gguf_header
+    from llmquant.checkpoint.gguf_config import rope_scaling
+
+    divisors, more, message = SEVERAL[case]
+    made = tiny_gguf.model("gemma3_text", head_dim=16)
+    tiny_gguf.write(tmp_path / "tiny.gguf", made, "gemma3", keys=FAMILIES["gemma3_text"][3],
+                    more={"rope_freqs.weight": divisors})  # fmt: skip
+    if not more:
+        with pytest.raises(UsageError, match=message) if message else nullcontext():
+            open_checkpoint(tmp_path / "tiny.gguf")
+    made.config.rope_parameters["full_attention"] |= more
+    with pytest.raises(UsageError, match=message) if message else nullcontext():
+        assert rope_scaling(read_gguf_header(tmp_path / "tiny.gguf"), made.config, {"rope_freqs.weight": divisors}) == {}

@@ -4,7 +4,9 @@ import json
 import pytest
 import tiny
 
-from llmquant.core.errors import ProofError
+from llmquant.core.errors import LLMQuantError, ProofError
+from llmquant.core.model_registry import ModelRegistry
+from llmquant.core.quantizer_registry import QuantizerRegistry
 from llmquant.evaluation.proof_config import check_config
 from llmquant.pipeline import quantize
 
@@ -61,3 +63,35 @@ def test_verification_allows_what_was_left_out():
     check_config({"model_type": "llama"}, theirs, {})
     with pytest.raises(ProofError, match="auto_map.AutoModel is"):
         check_config({"model_type": "llama", "auto_map": {"AutoModel": "other.Other"}}, theirs, {})
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_trusted_code_comes_along_from_memory(checkpoint, tmp_path, trusted):
+    "What the document of the call says of trust is what the export does, as for a folder."
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto")
+    config = {"quantization": {"minmax": {}}, "model": {"trust_remote_code": trusted}}
+    QuantizerRegistry.get("minmax")().quantize(model, bits=4, group_size=32, config=config)
+    adapter, out = ModelRegistry.for_config(model.config.to_dict()), tmp_path/"out"
+    report = adapter.save_quantized(model, out, checkpoint)
+    assert (out/"modeling_own.py").exists() == trusted == ("auto_map" in json.loads((out/"config.json").read_text()))
+    assert ("auto_map" in json.loads((out/"tokenizer_config.json").read_text())) == trusted
+    assert ("modeling_own.py" not in report["left_out"]) == trusted
+    assert json.loads((out/"vllm_config.json").read_text())["model"]["trust_remote_code"] == trusted
+    assert adapter.trust_remote_code is False  # nobody else's
+
+
+def test_a_tokenizer_that_is_code_is_trusted_in_memory_too(checkpoint, monkeypatch):
+    "Calibration of a model in memory reads its tokenizer under the trust that the document gives."
+    from transformers import AutoModelForCausalLM
+    asked = []
+    def load(*_, trust_remote_code, **__):
+        asked.append(trust_remote_code)
+        raise LLMQuantError("seen")
+    monkeypatch.setattr("llmquant.calibration.data.load_calibration", load)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto")
+    for trusted in (True, False):
+        with pytest.raises(LLMQuantError, match="seen"):
+            QuantizerRegistry.get("gptq")().quantize(model, bits=4, group_size=32,
+                                                     config={"quantization": {}, "model": {"trust_remote_code": trusted}})
+    assert asked == [True, False]

@@ -1,4 +1,6 @@
 "The tools of this repository: sync finds what is out of sync, README.md is what GitHub shows, hooks stay inside."
+import json
+import re
 import shutil
 import subprocess
 import sys
@@ -113,3 +115,17 @@ def test_code_blocks_of_the_docs_hold_no_links():
     linked = "# From [`resolve`](https://a.example/utils/config.html#resolve)"
     assert unlinked_code(f"see {linked}\n\n```python\ndef run(\n    recipe, {linked}\n)\n```\n\nand {linked}") == \
         f"see {linked}\n\n```python\ndef run(\n    recipe, # From `resolve`\n)\n```\n\nand {linked}"
+
+
+@pytest.mark.parametrize("page", ["README.md", "nbs/index.ipynb"])
+def test_memory_in_the_readme_is_what_was_measured(page):
+    "Each row of the table of a GGUF's memory is a row of results/memory.json."
+    rows = {row["name"]: row for row in json.loads((ROOT / "results" / "memory.json").read_text())["rows"]}
+    text = (ROOT / page).read_text()
+    if page.endswith(".ipynb"): text = "\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"])
+    table = text.split("### From a GGUF")[1].split("\n## ")[0]
+    shown = dict(re.findall(r"^\| `minmax` on its (\w+)[^|]*\| (\d+ MiB \| \d+ MiB) \|$", table, re.M))
+    models = {"GGUF": "SmolLM2-135M.gguf", "safetensors": "SmolLM2-135M"}
+    assert shown == {kind: "{predicted_mib} MiB | {measured_mib} MiB".format(**rows[f"{model}, minmax"])
+                     for kind, model in models.items()}
+    assert len(re.findall(r"\d+ (?:MiB|CPU seconds)", table)) == 4  # no figure beside them

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROPE_TENSORS', 'shortest', 'as_a_whole', 'read_config', 'llama3_divisors', 'llama3_scaling', 'rope_scaling',
-           'with_rope', 'check_keys', 'rotated_features']
+           'as_configured', 'with_rope', 'check_keys', 'rotated_features']
 
 # %% ../../nbs/checkpoint/gguf_config.ipynb #c3a9d8f2
 import re
@@ -125,7 +125,11 @@ def rope_scaling(
         key, value = next(iter(left.items()))
         if kind not in ("yarn", "longrope") or key not in _YARN: raise refuse(f"rope.scaling.{key} {value}")
     if "rope_factors_long.weight" in weights: return _longrope(weights, config, context, keys.get("attn_factor"))
-    if (divisors := weights.get("rope_freqs.weight")) is not None and rotated_features(config) is not None:
+    divisors = weights.get("rope_freqs.weight")
+    if divisors is not None and rotated_features(config) is None:
+        if not as_configured(divisors, config):
+            raise refuse(f"the tensor rope_freqs.weight of a {config.model_type} (no single rotary embedding)")
+    elif divisors is not None:
         found = None if kind != "none" else llama3_scaling(divisors, header.of_model().get("rope.freq_base", 10000.0))
         if found is None: raise refuse("the tensor rope_freqs.weight")
         return found
@@ -136,6 +140,16 @@ def rope_scaling(
     yarn |= {_YARN[key]: value for key, value in keys.items() if key in ("yarn_beta_fast", "yarn_beta_slow")}
     strength = keys.get("yarn_attn_factor", 1.0) * keys.get("attn_factor", 1.0)
     return yarn | ({} if strength == 1 else {"attention_factor": strength * (1 + 0.1 * log(factor))})
+
+def as_configured(
+    divisors, # `rope_freqs.weight`
+    config, # of transformers
+)->bool:
+    "Whether divisors do no more than stop the features that full attention does not turn by the configuration."
+    rope = (getattr(config, "rope_parameters", None) or {}).get("full_attention") or {}
+    divisors = torch.as_tensor(divisors)
+    turned = round(len(divisors) * rope.get("partial_rotary_factor", 1))
+    return bool((divisors[:turned] == 1).all() and (divisors[turned:] > 1e20).all())
 
 def _longrope(weights:dict, config, context:int, strength:float|None)->dict:
     "Divisors for short and for long texts, as Phi-3 has them; the strength where it is not the usual one."

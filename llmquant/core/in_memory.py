@@ -302,7 +302,8 @@ def calibration_for(
         raise UsageError(f"{name} measures activations and the model does not say which folder its tokenizer is in; "
                          "give calibration_data=load_calibration(None, folder, ...) of llmquant.calibration.data")
     return load_calibration(dataset, folder, text.vocab_size, section.get("num_samples", 100), length,
-                            section.get("seed") or 0, section.get("column"), generate=writer)
+                            section.get("seed") or 0, section.get("column"), generate=writer,
+                            trust_remote_code=getattr(model, "trusts_remote_code", False))
 
 # %% ../../nbs/core/in_memory.ipynb #6e515da0
 def calibrate_model(
@@ -394,6 +395,7 @@ def quantize_model(
     quantizer.activations = sections["activations"] or quantizer.activations
     bits, group_size = weight_grid(bits, group_size, sections["grid"], quantizer.activations)
     check_model(model)
+    model.trusts_remote_code = sections["model"].get("trust_remote_code") is True # for the export
     measures, found = measures_model(quantizer, sections), None
     if measures: found = calibration_for(model, calibration_data, sections["calibration"], quantizer.name)
     torch_dtype = sections["model"].get("torch_dtype", "auto")
