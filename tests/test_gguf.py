@@ -290,4 +290,5 @@ def test_divisors_of_a_model_with_several_rotary_embeddings(case, tmp_path):
             open_checkpoint(tmp_path / "tiny.gguf")
     made.config.rope_parameters["full_attention"] |= more
     with pytest.raises(UsageError, match=message) if message else nullcontext():
-        assert rope_scaling(read_gguf_header(tmp_path / "tiny.gguf"), made.config, {"rope_freqs.weight": divisors}) == {}
+        header = read_gguf_header(tmp_path / "tiny.gguf")
+        assert rope_scaling(header, made.config, {"rope_freqs.weight": divisors}) == {}

@@ -91,7 +91,7 @@ def test_a_tokenizer_that_is_code_is_trusted_in_memory_too(checkpoint, monkeypat
     monkeypatch.setattr("llmquant.calibration.data.load_calibration", load)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto")
     for trusted in (True, False):
+        config = {"quantization": {}, "model": {"trust_remote_code": trusted}}
         with pytest.raises(LLMQuantError, match="seen"):
-            QuantizerRegistry.get("gptq")().quantize(model, bits=4, group_size=32,
-                                                     config={"quantization": {}, "model": {"trust_remote_code": trusted}})
+            QuantizerRegistry.get("gptq")().quantize(model, bits=4, group_size=32, config=config)
     assert asked == [True, False]
