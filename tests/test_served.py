@@ -176,6 +176,23 @@ def test_a_child_that_begins_with_the_default_job(amx, tmp_path, monkeypatch):
     assert seen == [amx == "1"] and vllm_check.load_answer(tmp_path, 1).skipped
 
 
+def test_a_child_that_dies_says_in_which_dtype(tmp_path, monkeypatch):
+    "The one that the kernels asked for, for the float reference is to be served in the same."
+    def dies(*_): raise SystemExit(132)
+    def child(command, **_):
+        with pytest.raises(SystemExit): vllm_check.main(command[-1])
+        return subprocess.CompletedProcess(command, 132, "", "Illegal instruction")
+    monkeypatch.setattr(vllm_check, "prepare_process", lambda: None)
+    monkeypatch.setattr(vllm_check, "accepted_dtype", lambda *_: "bfloat16")
+    monkeypatch.setattr(vllm_check, "load_engine", dies)
+    monkeypatch.setattr(vllm_check, "vllm_installed", lambda: True)
+    monkeypatch.setattr(vllm_check.subprocess, "run", child)
+    jobs = [Job("x", [[1, 2]], "float32", flexible=True), Job("x", [[1, 2]], "float16")]
+    answers = vllm_check.ask_vllm_many(jobs)
+    assert [said.dtype for said in answers] == ["bfloat16", "float16"]
+    assert {said.error for said in answers} == {"vLLM's process ended with status 132: Illegal instruction"}
+
+
 @pytest.mark.parametrize("template, first", [("<s> $A", 1), ("<s> $A </s>", 1), ("$A </s>", None), ("$A", None)])
 def test_forced_prompts_begin_as_the_models_do(template, first, tmp_path):
     "BOS in front, once, where the tokenizer puts it there and not where it doesn't; the rest is a piece of the text."

@@ -155,13 +155,16 @@ def message(error: Exception) -> str:
 REFUSALS = (ValueError, RuntimeError, KeyError, AssertionError, NotImplementedError, OSError)
 
 # %% ../../nbs/evaluation/vllm_check.ipynb #a61f26ee
-def answer(job: Job) -> Answer:
+def answer(job: Job,
+           loading=lambda dtype: None,  # called before vLLM loads anything, with the dtype
+           ) -> Answer:
     "Load, ask, free."
     from time import perf_counter
     start = perf_counter()
     try:
         if job.only_w4a8 and not default_is_w4a8(job.path, job.quantization): return Answer(skipped=True)
         job = in_accepted_dtype(job)
+        loading(job.dtype)
         engine = load_engine(job)
     except REFUSALS as error: return Answer(error=f"{type(error).__name__}: {message(error)}", dtype=job.dtype)
     try: said = ask(engine, job)
@@ -198,8 +201,9 @@ def main(job_file: str | Path):  # a JSON list of jobs; answers are written besi
     folder = Path(job_file).parent
     for number, job in enumerate(json.loads(Path(job_file).read_text(encoding="utf-8"))):
         if (folder/f"{number}.json").exists(): continue
+        (folder/"dtype").write_text(job["dtype"], encoding="utf-8")
         (folder/"current").write_text(str(number), encoding="utf-8")
-        save_answer(answer(Job(**job)), folder, number)
+        save_answer(answer(Job(**job), partial((folder/"dtype").write_text, encoding="utf-8")), folder, number)
 
 # %% ../../nbs/evaluation/vllm_check.ipynb #45939d8f
 def child_environment(stock: bool,  # without plugins
@@ -238,7 +242,7 @@ def run_child(folder: Path, stock: bool):
     number = int((folder/"current").read_text(encoding="utf-8"))
     if (folder/f"{number}.json").exists(): return
     died = f"vLLM's process ended with status {done.returncode}: {last_error(done.stderr)}"
-    save_answer(Answer(error=died), folder, number)
+    save_answer(Answer(error=died, dtype=(folder/"dtype").read_text(encoding="utf-8")), folder, number)
 
 # %% ../../nbs/evaluation/vllm_check.ipynb #f896e3ab
 def ask_vllm_many(jobs: list[Job],       # questions, answered in this order
