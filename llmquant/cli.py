@@ -138,10 +138,13 @@ def _verify(arguments) -> str:
     if arguments.bound is not None and (type(bound) not in (int, float) or not isfinite(bound) or bound <= 0):
         raise UsageError(f"--bound: {arguments.bound!r} is no positive number; give a mean KL divergence such as 1e-4")
     from llmquant.evaluation.proof import verify
+    from llmquant.export import REPORT, verdict, verdict_writer
     from llmquant.summary import proof_text
+    put = verdict_writer(Path(arguments.export).expanduser())
     found = verify(Path(arguments.export), arguments.reference, bound=bound, stock=arguments.stock or None,
                    require_vllm=arguments.stock or bound is not None)
-    return "" if arguments.quiet else proof_text(found)
+    where = f"{'' if put(found) else 'not '}written into {REPORT}"
+    return "" if arguments.quiet else f"{verdict(found)}\n{proof_text(found, arguments.verbose)}{where}\n"
 
 # %% ../nbs/cli.ipynb #3b1f722a
 def _make_parser() -> tuple[_Parser, dict[str, _Parser]]: # The whole command, and each verb's parser

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['logger', 'NOT_VERIFIED', 'PICTURE', 'ExportSink', 'export_config', 'write_side_files', 'ExportedModel',
            'peak_memory_mib', 'verdict', 'make_report', 'to_yaml', 'write_export', 'draw_suppression', 'prove',
-           'kept_complete', 'plan_of_model', 'hand_over', 'changed_keys', 'side_of_model', 'export_model', 'trusting',
-           'adopt_marked']
+           'verdict_writer', 'kept_complete', 'plan_of_model', 'hand_over', 'changed_keys', 'side_of_model',
+           'export_model', 'trusting', 'adopt_marked']
 
 # %% ../nbs/export.ipynb #2e42f963
-import json, logging, platform, tempfile, time
+import json, logging, os, platform, tempfile, time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing, contextmanager, suppress
 from copy import copy
@@ -224,6 +224,25 @@ def prove(
     found = verify(writer.folder)
     writer.write_text(REPORT, to_yaml({**report, "verdict": verdict(found), "proof": {**report["proof"], **found}}))
     return found
+
+def verdict_writer(
+    folder:Path, # A published export that is about to be verified
+) -> Callable:   # Takes what `verify` found, and says whether the report has it now
+    "Lets the report say what a later verification found; one that has changed meanwhile is left alone."
+    file, fresh, before = Path(folder)/REPORT, Path(folder)/f".{REPORT}.{os.getpid()}", None
+    with suppress(OSError, ValueError): before = file.read_bytes()
+    def put(found:Mapping[str, Any]) -> bool:
+        try:
+            if file.read_bytes() != before: return False
+            report = yaml.load(before, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+            text = to_yaml({**report, "verdict": verdict(found), "proof": {**report["proof"], **found}})
+            fresh.write_text(text, encoding="utf-8")
+            os.replace(fresh, file)
+        except OSError: return False
+        finally:
+            with suppress(OSError): fresh.unlink()
+        return True
+    return put
 
 @contextmanager
 def kept_complete(

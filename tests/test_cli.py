@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import llmquant
 from llmquant import cli
@@ -386,7 +387,53 @@ def test_verify_flags(flags, expected, monkeypatch, capsys):
     monkeypatch.setattr("llmquant.evaluation.proof.verify", verify)
     assert cli.main(f"verify out --reference org/name {flags}".split()) == 0
     assert seen == [("out", "org/name", expected)]
-    assert capsys.readouterr().out == "vllm.mean_kl  2e-06\n"
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first.startswith("verified: files, and served by vLLM") and "mean KL 2e-06" in first
+    assert rest == ["vllm.mean_kl  2e-06", "not written into quantization_report.yaml"]
+
+
+def test_verify_writes_what_it_found_into_the_report(tmp_path, monkeypatch, capsys):
+    "The verdict is the new one, everything else is kept; a report that was replaced meanwhile is left alone."
+    file = tmp_path/"quantization_report.yaml"
+    old = {"llmquant": "1", "verdict": "not verified", "layers": {"a": 1}, "proof": {"digests": {"a": "5f"}}}
+    found = {"files": {"layers": 1}, "vllm": {"version": "0.32", "mean_kl": 2e-6, "bound": 1e-4, "kernels": {"x.y": 3}}}
+    file.write_text(yaml.safe_dump(old))
+    monkeypatch.setattr("llmquant.evaluation.proof.verify", lambda *_, **__: found)
+    assert cli.main(["verify", str(tmp_path), "--reference", "base"]) == 0
+    said = capsys.readouterr().out
+    assert said.splitlines()[0] == "verified: files, and served by vLLM 0.32 with mean KL 2e-06 (at most 0.0001)"
+    assert "kernels" not in said and said.endswith("\nwritten into quantization_report.yaml\n")
+    new = yaml.safe_load(file.read_text())
+    assert new == old | {"verdict": said.splitlines()[0], "proof": old["proof"] | found}
+    assert [p.name for p in tmp_path.iterdir()] == [file.name]
+
+    def replaced(*_, **__):
+        file.write_text("another")
+        return found
+    monkeypatch.setattr("llmquant.evaluation.proof.verify", replaced)
+    assert cli.main(["verify", str(tmp_path), "--reference", "base", "--verbose"]) == 0
+    said = capsys.readouterr().out
+    assert "vllm.kernels.x.y" in said and said.endswith("\nnot written into quantization_report.yaml\n")
+    assert file.read_text() == "another"
+
+
+@pytest.mark.parametrize("text", ["output={quiet: true}", "calibration={num_samples: 4}", "quantization={bits: 3}"])
+def test_a_section_can_be_set(text, monkeypatch):
+    "As a recipe file has it; an unknown key in it is named with its section."
+    seen = []
+    monkeypatch.setattr("llmquant.pipeline.preflight", lambda recipe: seen.append(recipe) or (None, None))
+    monkeypatch.setattr("llmquant.summary.plan_text", lambda plan: "")
+    assert cli.main(["check", "--model-path", "m", "--method", "gptq", "--set", text]) == 0
+    (recipe,) = seen
+    assert {"output": recipe.quiet, "calibration": recipe.calibration["num_samples"] == 4,
+            "quantization": recipe.bits == 3}[text.partition("=")[0]]
+
+
+def test_a_section_that_is_set_wrongly(capsys):
+    "The sentence names the key, and a value that is no section."
+    for text, part in {"output={loud: true}": "output.loud: unknown key", "calibration=4": "must be a section"}.items():
+        assert cli.main(["check", "--model-path", "m", "--set", text]) == 2
+        assert part in capsys.readouterr().err
 
 
 def shell(*command, **kwargs):

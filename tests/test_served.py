@@ -160,6 +160,18 @@ def test_a_default_that_cannot_be_served(folder, monkeypatch):
     assert found["mean_kl_with_float_activations"] == "not measured: vLLM cannot serve it (OSError: x)"
 
 
+def test_a_default_that_serves_another_model_is_warned_of(caplog):
+    "Once, with the figures and what to set; nothing where the default is within the bound or was not measured."
+    figures = {"mean_kl": 4e-5, "bound": 1e-4}
+    for default in None, "not measured: x", {"mean_kl": 9e-5}, {"mean_kl": "not measured: x"}:
+        served_check.warn_of_default(default, figures)
+    assert not caplog.records
+    served_check.warn_of_default({"mean_kl": .082}, figures)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and "0.082 instead of the verified 4e-05" in record.getMessage()
+    assert "VLLM_CPU_INT4_W4A8=0" in record.getMessage()
+
+
 @pytest.mark.parametrize("amx", "01")
 def test_a_child_that_begins_with_the_default_job(amx, tmp_path, monkeypatch):
     "As after a crash of the first job: what replaces vLLM's predicate is at work before that job asks it."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'LINEAR_BOUNDS', 'SHARE', 'ON_CUDA', 'UNSEEN', 'questions', 'serve', 'refusal', 'grid_types',
            'judge_linears', 'compare_linears', 'dropped_scales', 'compare', 'objection', 'server_default',
-           'serve_reference', 'blame', 'attempt', 'check_vllm']
+           'warn_of_default', 'serve_reference', 'blame', 'attempt', 'check_vllm']
 
 # %% ../../nbs/evaluation/served_check.ipynb #34a28a86
 import logging
@@ -174,6 +174,15 @@ def server_default(export: Path,              # folder
     return {"server_default": {"dtype": default.dtype, "activations": f"8 bits per token, for {W4A8} is 1", **costs}}
 
 # %% ../../nbs/evaluation/served_check.ipynb #c074388b
+def warn_of_default(default: dict | str | None,  # from `server_default`
+                    figures: dict,               # from `compare`
+                    ):
+    "One warning where a server without options does not serve what was verified."
+    kl = default.get("mean_kl") if isinstance(default, dict) else None
+    if not isinstance(kl, float) or kl <= figures["bound"]: return
+    logger.warning("a server without options rounds activations to 8 bits on this CPU, mean KL %.3g instead of the "
+                   "verified %.3g; serve with %s=0", kl, figures["mean_kl"], W4A8)
+
 def serve_reference(reference: str | Path,     # MODEL
                     prompts: list[list[int]],  # token ids
                     stock: bool,               # without plugins
@@ -220,6 +229,7 @@ def attempt(export: Path,                 # folder
     problem = objection(figures, said.dtype)
     if problem == UNSEEN: raise ProofError(f"not verified: {UNSEEN}")
     more = {} if problem else {**dropped_scales(config, said), **server_default(export, prompts, answers)}
+    warn_of_default(more.get("server_default"), figures)
     if figures.get("worst_linear"): del figures["worst_linear"]
     return {**about, **figures, **more, "text": said.text}, problem
 

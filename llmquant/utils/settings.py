@@ -125,7 +125,7 @@ def argument_settings(
     for name, value in given.items():
         key = BY_NAME.get(name)
         if value is None and "." not in name: continue
-        path = (key.path or name) if key else name if "." in name else f"quantization.{name}"
+        path = (key.path or name) if key else name if "." in name or name in SECTIONS else f"quantization.{name}"
         document, prefix = value, "--set " if flags and not key else ""
         for part in reversed(path.split(".")): document = {part: document}
         alone = [Setting(path, value, "", origin)]
