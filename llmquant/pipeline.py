@@ -10,6 +10,7 @@ __all__ = ['logger', 'PACKED', 'make_quantizer', 'make_suppressors', 'plan_check
 # %% ../nbs/pipeline.ipynb #c6103d3c
 import logging
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -27,7 +28,7 @@ from .core.outlier_suppression_registry import OutlierSuppressionRegistry, is_bl
 from .core.plan import Plan, make_plan, nbytes
 from .core.quantizer_registry import BaseQuantizer, QuantizerRegistry
 from .core.scheme import dtype_name
-from .core.suppress import compare_presented, presented
+from .core.suppress import bare, compare_presented, presented
 from .core.text_config import text_config
 from .core.walk import walk, with_words
 from .evaluation.proof_config import read_report
@@ -74,7 +75,7 @@ def plan_checkpoint(
                      recipe.bits, recipe.group_size, recipe.layers,
                      recipe.format, recipe.container, recipe.torch_dtype, recipe.overrides)
     plan.check_servable()
-    return plan, adapter
+    return replace(plan, stored_bytes=bare(source).file_bytes()), adapter
 
 # %% ../nbs/pipeline.ipynb #cd13f2ba
 def look_at_output(
@@ -258,11 +259,11 @@ def info(
         config = source.config
         quantization = config.get("quantization_config") or {}
         text = text_config(config)
-        elements = {name: i.nbytes for name, i in source.tensors.items()}
         shown = "quant_method", "format", "llmquant_method", "llmquant_scheme", "llmquant_overrides"
         return {"path": str(path), "model_type": config.get("model_type"),
                 "adapter": ModelRegistry.for_config(config).model_type,
                 "dtype": dtype_name(source.dtype), "blocks": text.get("num_hidden_layers"),
                 "hidden_size": text.get("hidden_size"), "vocab_size": text.get("vocab_size"),
-                "parameters": count_parameters(source), "tensors": len(elements), "bytes": sum(elements.values()),
-                "quantization": {k: quantization[k] for k in shown if k in quantization} or None}
+                "parameters": count_parameters(source), "tensors": len(source.tensors), "bytes": source.file_bytes(),
+                "quantization": {k: quantization[k] for k in shown if k in quantization}
+                                | ({"gguf": source.types()} if source.types() else {}) or None}

@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 
-from .gguf import read_gguf_header
+from .gguf import read_gguf_header, type_name
 from .gguf_model import GGUFModel, convert_gguf, write_tokenizer
 from .scaled import find_scaled, multiplied, without_scales
 from .shard import TensorInfo, as_bytes, open_shard, plan_shard, read_header, read_tensor
@@ -171,6 +172,14 @@ class CheckpointSource:
         "What must be held to convert the whole model before its first tensor can be read; nothing here."
         return 0
 
+    def file_bytes(self)->int:
+        "The size on disk of the files that hold tensors."
+        return sum(os.path.getsize(self.path / file) for file in {info.file for info in self.stored.values()})
+
+    def types(self)->str:
+        "The block types of a GGUF; nothing here."
+        return ""
+
     def files(self)->list: # of Path
         "What must stay while this is read: the folder, what was given, each shard and each side file."
         shards = {info.file for info in self.stored.values()}
@@ -282,6 +291,20 @@ def _read(self:GGUFSource, name:str)->torch.Tensor:
     if self.model.whole: return self._as_a_whole().tensor(name)
     if self._file is None: self._file = open_shard(self.origin)
     return self.model.read(self._file, name)
+
+@patch
+def file_bytes(self:GGUFSource)->int:
+    "The size of the file."
+    return os.path.getsize(self.origin)
+
+@patch
+def types(self:GGUFSource)->str:
+    "Which block types the tensors have, the one with the most bytes first."
+    sizes, counts = Counter(), Counter()
+    for tensor in self.model.header.tensors.values():
+        sizes[tensor.type] += tensor.nbytes
+        counts[tensor.type] += 1
+    return ", ".join(f"{type_name(number)} x {counts[number]}" for number, _ in sizes.most_common())
 
 @patch
 def _as_a_whole(self:GGUFSource)->CheckpointSource:

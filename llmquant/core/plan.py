@@ -53,7 +53,7 @@ class Plan:
     dtype: torch.dtype           # The export's dtype
     scheme: QuantScheme|None     # The recipe's grid, that of layers without an override; None for 16 bits
     format: BaseFormat|None      # The layout; None for 16 bits
-    stored_bytes: int            # Size of the checkpoint's tensors
+    stored_bytes: int            # Size of the checkpoint, on disk where it has files
     fused_by: str = ""           # Who says what vLLM fuses, for the report
     other_names: tuple[str, ...] = () # Under which vLLM looks for some of the layers left in float
 
