@@ -72,6 +72,16 @@ def test_prediction_layers_are_copied(checkpoints, tmp_path, method):
     assert len(extra) > 10 and all(found[name].equal(tensor) for name, tensor in extra.items())
 
 
+@pytest.mark.parametrize("kind,announced", [
+    ("llama", {}), ("phi3", {}), ("deepseek_v3", {"num_nextn_predict_layers": 0})])
+def test_blocks_behind_the_last_are_refused(checkpoints, tmp_path, kind, announced):
+    "A number of blocks that is too small by one; the export would lack a block, and vLLM would refuse it."
+    model = variant(checkpoints(kind), tmp_path / "model", num_hidden_layers=1, **announced)
+    said = refusal(model)
+    assert "announces 1 decoder blocks (num_hidden_layers) and 0 prediction layers behind them" in said
+    assert "the checkpoint has model.layers.1 as well; write 2 for num_hidden_layers" in said
+
+
 def test_the_index_decides(checkpoints, tmp_path):
     "Between shards that it names and a single file that it does not."
     model = variant(checkpoints("llama"), tmp_path / "model")

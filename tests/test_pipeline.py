@@ -2,6 +2,8 @@
 import errno
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +64,24 @@ def test_both_doors_give_the_same_export(kind, tie, tmp_path):
     assert configs[0] == configs[1]
     reports = [yaml.safe_load((tmp_path / d / REPORT).read_text()) for d in ("streamed", "memory")]
     assert reports[0]["proof"]["digests"] == reports[1]["proof"]["digests"] and reports[0]["proof"]["digests"]
+
+
+@pytest.mark.parametrize("more,says", [
+    ({"num_hidden_layers": 3}, "num_hidden_layers 3 there, 2 in memory"),
+    ({"vocab_size": 1024}, "vocab_size 1024 there"),
+    ({"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}, "num_attention_heads 8 there, 4 in memory"),
+    ({"tie_word_embeddings": True}, "tie_word_embeddings True there, False in memory"),
+    ({"attention_bias": True}, "does not fit the model in memory, tensor model.layers.0.self_attn.k_proj.bias")])
+def test_the_source_is_the_models_own_checkpoint(base, tmp_path, more, says):
+    "config.json of another model is not put beside the tensors of this one."
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    MinMaxQuantizer().quantize(model, bits=4, group_size=32)
+    other = shutil.copytree(base, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | more))
+    save = ModelRegistry.for_config(model.config.to_dict()).save_quantized
+    with pytest.raises(UsageError, match=re.escape(says)) as found: save(model, tmp_path / "out", source=other)
+    assert "leave source out" in str(found.value) and not (tmp_path / "out").exists()
 
 
 def test_folder_holds_what_it_must(base, tmp_path):

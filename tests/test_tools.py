@@ -117,6 +117,13 @@ def test_code_blocks_of_the_docs_hold_no_links():
         f"see {linked}\n\n```python\ndef run(\n    recipe, # From `resolve`\n)\n```\n\nand {linked}"
 
 
+def test_a_link_holds_no_link():
+    from docs import unnested_links
+    linked = "[`check`](https://x.org/a.html#check)"
+    assert unnested_links(f"{linked} and [{linked} of {linked}](p.ipynb), x[0]") == \
+        f"{linked} and [`check` of `check`](p.ipynb), x[0]"
+
+
 @pytest.mark.parametrize("page", ["README.md", "nbs/index.ipynb"])
 def test_memory_in_the_readme_is_what_was_measured(page):
     "Each row of the table of a GGUF's memory is a row of results/memory.json."

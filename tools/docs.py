@@ -25,6 +25,7 @@ KATEX_CDN = re.compile(r"https://cdn\.jsdelivr\.net/npm/katex@[\d.]+/dist")
 LINK = re.compile(r'(?:href|src)="([^"]+)"')
 FENCE = re.compile(r"^```.*?^```$", re.S | re.M)
 LINKED_NAME = re.compile(r"\[(`[^`\]]+`)\]\([^)\s]+\)")
+LINK_OF_LINKS = re.compile(r"\[((?:[^\[\]]|\[`[^`\]]+`\]\([^)\s]+\))+)\](?=\()")
 
 
 def needed_for_docs(cell):
@@ -81,9 +82,16 @@ def unlinked_code(text):
     return FENCE.sub(lambda block: LINKED_NAME.sub(r"\1", block[0]), text)
 
 
-def unlink_signatures(notebook):
-    "Apply `unlinked_code` to what cells show as Markdown."
+def unnested_links(text):
+    "Markdown without links inside the text of a link: nbdev links every name in backticks, there as well."
+    return LINK_OF_LINKS.sub(lambda link: LINKED_NAME.sub(r"\1", link[0]), text)
+
+
+def unlink(notebook):
+    "Apply `unnested_links` to prose and `unlinked_code` to what cells show as Markdown."
     for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = unnested_links(cell.source)
         for output in cell.get("outputs", []):
             shown = output.get("data", {})
             if "text/markdown" in shown:
@@ -95,7 +103,7 @@ def process(source, target):
     notebook = read_nb(source)
     split_first_cell(notebook)
     Docs()(notebook)
-    unlink_signatures(notebook)
+    unlink(notebook)
     front = notebook.cells[0]
     if front.cell_type == "raw":
         front.source = re.sub(r"^output-file:.*\n", "", front.source, flags=re.M)

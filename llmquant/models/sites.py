@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROUTERS', 'BEYOND', 'OUTSIDE', 'HEAD', 'TIED', 'LinearSite', 'make_site', 'number_of_blocks', 'check_counts',
-           'block_pattern', 'split_block', 'rule_for', 'check_needs', 'reason_by_names', 'head_site', 'module_of',
-           'is_matrix', 'sites_by_names']
+           'block_pattern', 'split_block', 'prediction_layers', 'check_beyond', 'rule_for', 'check_needs',
+           'reason_by_names', 'head_site', 'module_of', 'is_matrix', 'sites_by_names']
 
 # %% ../../nbs/models/sites.ipynb #b055ec47
 import re
@@ -15,7 +15,7 @@ from functools import lru_cache
 # %% ../../nbs/models/sites.ipynb #14f043e1
 from ..core.errors import UsageError
 from ..core.names import natural_key
-from ..core.text_config import text_config
+from ..core.text_config import read_config, text_config
 
 # %% ../../nbs/models/sites.ipynb #13316815
 @dataclass(frozen=True)
@@ -92,6 +92,46 @@ def split_block(
     if not found: return None, name
     return int(found[1]), re.sub(r"(?<=\.)\d+(?=\.|$)", "*", found[2])
 
+# %% ../../nbs/models/sites.ipynb #113bdb74
+_PREDICTING = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "num_mtp_modules", "n_mtp_layers")
+
+def prediction_layers(
+    config: dict, # config.json, parsed
+) -> int:         # 0 where none is announced
+    "How many multi-token prediction layers `config` announces behind the decoder blocks."
+    known = text_config(config)
+    return max((known[name] for name in _PREDICTING if type(known.get(name)) is int), default=0)
+
+def _ignored(
+    config: dict, # config.json, parsed
+) -> list[str]:   # patterns of tensor names
+    "What transformers' class of this model type passes over when it loads a checkpoint."
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    if config.get("model_type") not in CONFIG_MAPPING: return []
+    found = AutoModelForCausalLM._model_mapping.get(type(read_config(config)), None)
+    return [*(getattr(found, "_keys_to_ignore_on_load_unexpected", None) or ())]
+
+# %% ../../nbs/models/sites.ipynb #9f1ae5e4
+def check_beyond(
+    config: dict,             # config.json, parsed
+    shapes: dict[str, tuple], # tensor name -> shape
+    prefix: str,              # where the blocks are
+    blocks: int,              # number of blocks by config.json
+):
+    "`UsageError` for tensors behind the last block that are no prediction layer's."
+    found = {name: split_block(name, prefix)[0] for name in shapes}
+    behind = {name: index for name, index in found.items() if index is not None and index >= blocks}
+    if not behind: return
+    more = prediction_layers(config)
+    left = {name: index for name, index in behind.items() if index >= blocks + more}
+    passed = _ignored(config) if left else []
+    left = sorted(index for name, index in left.items() if not any(re.search(p, name) for p in passed))
+    if left:
+        raise UsageError(f"config.json announces {blocks} decoder blocks (num_hidden_layers) and {more} prediction "
+                         f"layers behind them, and the checkpoint has {prefix}.{left[0]} as well; write {left[-1] + 1 - more} "
+                         f"for num_hidden_layers if these are decoder blocks, {left[-1] + 1 - blocks} for "
+                         f"{_PREDICTING[0]} if they predict further tokens, or remove their tensors")
+
 # %% ../../nbs/models/sites.ipynb #69a21413
 def rule_for(
     inside: str,          # module name inside a block, numbers as "*"
@@ -105,7 +145,7 @@ def rule_for(
 
 # %% ../../nbs/models/sites.ipynb #5356d98f
 ROUTERS = {"gate", "router", "routers", "shared_expert_gate"}
-BEYOND = "beyond num_hidden_layers: a multi-token prediction layer or a leftover, not a decoder block"
+BEYOND = "beyond num_hidden_layers: a multi-token prediction layer, not a decoder block"
 OUTSIDE = "outside the decoder's blocks"
 HEAD = "output head"
 TIED = "output head, tied to the input embedding: no tensor of its own"
@@ -177,6 +217,7 @@ def sites_by_names(
             continue
         found.setdefault(index, set()).add(inside)
         sites.append(make_site(module, shape, index, reason_by_names(adapter, inside, index, blocks, shape)))
+    check_beyond(config, shapes, prefix, blocks)
     check_needs(found, adapter.needs or adapter.linears, blocks, prefix, type(adapter).__name__)
     sites += head_site(shapes, adapter.head, adapter.embedding)
     return sorted(sites, key=lambda site: natural_key(site.name))

@@ -23,8 +23,8 @@ from torch.overrides import TorchFunctionMode
 from ..core.errors import UsageError, library_errors
 from ..core.names import natural_key
 from ..core.text_config import read_config
-from .sites import (BEYOND, HEAD, OUTSIDE, ROUTERS, LinearSite, head_site, is_matrix, make_site,
-                                   module_of, number_of_blocks, split_block)
+from .sites import (BEYOND, HEAD, OUTSIDE, ROUTERS, LinearSite, check_beyond, head_site, is_matrix,
+                                   make_site, module_of, number_of_blocks, split_block)
 
 # %% ../../nbs/models/skeleton.ipynb #6703a8e6
 @contextmanager
@@ -278,6 +278,7 @@ def sites_by_skeleton(
     inner = next(name for name, site in found.items() if site.block is not None)
     adapter.blocks = re.match(r"(.*?)\.\d+\.", inner)[1] if split_block(inner, prefix)[0] is None else prefix
     adapter.keep += tuple(sorted({*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())} - {*adapter.keep}))
+    check_beyond(config, shapes, adapter.blocks, len(blocks))
     rest = [leftover_site(n, s, adapter.blocks, len(blocks), known) for n, s in shapes.items() if n not in found]
     place, embedding = getattr(model, "names_on_disk", {}).get("lm_head.weight"), embedding_name(model)
     head = module_of(place) if place not in (None, embedding) else "lm_head"
