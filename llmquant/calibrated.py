@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['logger', 'WITHOUT_EFFECT', 'length_of', 'calibration_of', 'windows_at_a_time', 'sample_from', 'need_of',
            'data_free_need', 'conversion_of', 'searching_of', 'products_per_second', 'search_products', 'tell_search',
-           'check_pairs', 'identity', 'RunJournal', 'calibrated_carry', 'tell_report', 'tell_suppression', 'log_layers']
+           'check_pairs', 'identity', 'RunJournal', 'calibrated_carry', 'warn_of_few', 'tell_report',
+           'tell_suppression', 'log_layers']
 
 # %% ../nbs/calibrated.ipynb #715f64c0
 import logging, os
@@ -285,7 +286,16 @@ def calibrated_carry(
         say(results)
     results = climb(walk, sink, source, partial(adapter.smoothing_pairs, source.config), journal, shown, tell)
     tell_report(facts, walk, data, need, journal)
+    warn_of_few(results)
     return results
+
+def warn_of_few(results:list[LayerResult]):
+    "One line where layers saw fewer tokens than they have inputs, so that their statistics leave directions open."
+    few = [r for r in results if "few_tokens" in r.notes]
+    if not few: return
+    logger.warning("%d of %d layers saw fewer tokens than they have in_features, such as %s (%s); give more text: raise "
+                   "calibration.num_samples or calibration.max_length", len(few), len(results), few[0].layer.name,
+                   few[0].notes["few_tokens"])
 
 # %% ../nbs/calibrated.ipynb #abdab5ac
 def tell_report(facts:dict, walk, data:CalibrationData, need:MemoryNeed, journal:RunJournal):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 import torch
 from .calibrated import calibrated_carry, calibration_of, data_free_need, identity, length_of, need_of, windows_at_a_time
+from .calibration.data import CalibrationData
 from .core.block_source import pick_device
 from .checkpoint.folders import checked_output, refuse_overlap
 from .checkpoint.source import CheckpointSource, open_any, open_checkpoint
@@ -183,11 +184,15 @@ def _run(recipe:Recipe) -> dict:
                     len(plan.ignored))
         if recipe.bits < 16 and not streams(quantizer, recipe):
             return run_in_memory(recipe, original, quantizer, adapter, suppressors, device=device, **shared)
-        need = data_free_need(recipe, plan, adapter, source)
+        measures = calibrates(quantizer, recipe)
+        data = calibration_of(recipe, source) if measures else None
+        need = (need_of(recipe, plan, adapter, quantizer, source, suppressors) if measures
+                else data_free_need(recipe, plan, adapter, source))
         if source is not original: tight_memory()
         shared["facts"] |= compare_presented(original, source, suppressors, device)
-        if calibrates(quantizer, recipe):
-            carry, more = _calibrated(recipe, plan, adapter, quantizer, source, device, shared["facts"], suppressors)
+        if measures:
+            carry, more = _calibrated(recipe, plan, adapter, quantizer, source, device, shared["facts"], suppressors,
+                                      data, need)
         else:
             shown, tell = with_words(progress, description="quantizing", unit="tensor")
             carry, more = partial(walk, plan, quantizer, source, device=device, progress=shown, tell=tell), {}
@@ -198,10 +203,8 @@ def _run(recipe:Recipe) -> dict:
 
 # %% ../nbs/pipeline.ipynb #e8ac14e4
 def _calibrated(recipe:Recipe, plan:Plan, adapter, quantizer:BaseQuantizer, source:CheckpointSource, device:str,
-                facts:dict, suppressors:tuple) -> tuple:
-    "How a calibrated run brings its tensors, and its name for the journal; the text is read here."
-    data = calibration_of(recipe, source)
-    need = need_of(recipe, plan, adapter, quantizer, source, suppressors)
+                facts:dict, suppressors:tuple, data:CalibrationData, need:MemoryNeed) -> tuple:
+    "How a calibrated run brings its tensors, and its name for the journal."
     blockwise = tuple(filter(is_blockwise, suppressors))
     carry = partial(calibrated_carry, recipe, plan, adapter, quantizer, source, data, need, device, facts, blockwise)
     return carry, {"journal": identity(recipe, source, data, device, suppressors)}

@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
+from .core.memory import mib
 from .core.options import Option
 from .core.outlier_sizes import digits, reached
 from .evaluation.kernels import serving_notes
@@ -135,9 +136,10 @@ def memory_text(
              "reading": "the largest tensor that is copied", "searching": "what suppressors and static grids try",
              "hidden": "hidden states", "converting": "the whole model, by transformers",
              "spare": "what the C library keeps for itself"}
-    rows = [(human_bytes(size), words[name]) for name, size in need.worst_moment().items()]
-    if need.in_files: rows.append(("on disk", f"hidden states, {human_bytes(need.hidden)}"))
-    return f"\npeak memory, predicted: {human_bytes(need.peak)}\n" + aligned(rows, 2)
+    parts = need.worst_moment()
+    rows = [(mib(size), words[name]) for name, size in parts.items()]
+    if need.in_files: rows.append(("on disk", f"hidden states, {mib(need.hidden)}"))
+    return f"\npeak memory, predicted: {mib(sum(-(-size >> 20 << 20) for size in parts.values()))}\n" + aligned(rows, 2)
 
 # %% ../nbs/summary.ipynb #b0e5dff4
 MACHINES = ("digests", "edited", "promises_step")
@@ -181,6 +183,22 @@ def _suppression_rows(
     return rows
 
 # %% ../nbs/summary.ipynb #ecbeab30
+def _errors_text(
+    errors:Mapping[str, float], # Layer to its relative error
+) -> str:
+    "Mean and largest."
+    worst = max(errors, key=errors.get)
+    return f"mean {sum(errors.values()) / len(errors):.4f}, largest {errors[worst]:.4f} in {worst}"
+
+def _error_rows(
+    layers:Mapping[str, Mapping], # The report's
+) -> list[tuple[str, str]]:
+    "Of the weights, and of what layers compute where a method looked at that."
+    outputs = {name: layer.get("output_error", layer.get("output_error_of_stack")) for name, layer in layers.items()}
+    outputs = {name: error for name, error in outputs.items() if error is not None}
+    rows = [("weight error", _errors_text({name: layer["relative_error"] for name, layer in layers.items()}))]
+    return rows + ([("output error", _errors_text(outputs))] if outputs else [])
+
 def report_text(
     report:Mapping[str, Any], # What `pipeline.run` returns
     output:str,               # The export's folder
@@ -193,10 +211,7 @@ def report_text(
     rows = [("export", output), ("size", f"{export}, {ratio:.3f} of the checkpoint's {checkpoint}"),
             ("layers", f"{len(layers)} quantized with {report['method']}, {left} left in float")]
     if dense := _dense_text(sizes): rows.insert(2, ("", dense))
-    if layers:
-        worst = max(layers, key=lambda name: layers[name]["relative_error"])
-        mean = sum(layer["relative_error"] for layer in layers.values()) / len(layers)
-        rows.append(("relative error", f"mean {mean:.4f}, largest {layers[worst]['relative_error']:.4f} in {worst}"))
+    if layers: rows += _error_rows(layers)
     if seconds: rows.append(("time", ", ".join(f"{value:.3g} s {kind}" for kind, value in seconds.items())))
     if report.get("peak_memory_mib"): rows.append(("peak memory", _peak_text(report)))
     if text := report.get("calibration"): rows.append(("calibration", _calibration_text(text)))

@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -303,6 +304,12 @@ def test_a_ceiling_is_kept_or_refused(checkpoints, tmp_path):
     with pytest.raises(UsageError, match="max_memory 143 MiB is too little: this run takes [0-9]+ MiB"):
         quantize(path, tmp_path / "out", "gptq", bits=4, group_size=32, max_memory="150MB", **KEYS)
     assert not (tmp_path / "out").exists()
+    said = []
+    for ceiling in "100MiB", "150MB": # whatever is allowed, what is said to be needed is the calibrated run's need
+        with pytest.raises(UsageError, match=r" \+ statistics [0-9]+ MiB ") as refused:
+            quantize(path, tmp_path / "out", "gptq", bits=4, group_size=32, max_memory=ceiling, **KEYS)
+        said.append(int(re.search(r"takes ([0-9]+) MiB", str(refused.value))[1]))
+    assert abs(said[0] - said[1]) < 30, said
     plenty = quantize(path, tmp_path / "out", "gptq", bits=4, group_size=32, max_memory="8GB", **KEYS)
     assert plenty["calibration"]["hidden_states"] == "in memory, and in files for resuming"
 
@@ -334,3 +341,16 @@ def test_the_time_of_a_search_is_told_for_the_device_of_the_run(checkpoints, tmp
     check(resolve({"model_path": str(checkpoints("llama")), "method": "minmax", "group_size": 32,
                    "quantization.outlier_suppression": "smooth_quant", **KEYS}))
     assert seen == [device]
+
+
+def test_layers_with_fewer_tokens_than_inputs_are_warned_of(checkpoints, tmp_path, caplog):
+    "In one line, with a layer and its figures; nothing where the text is long enough."
+    def warned(**more):
+        caplog.clear()
+        report = quantize(checkpoints("llama"), tmp_path / "out", "gptq", bits=4, group_size=32, overwrite=True, **more)
+        lines = [r.getMessage() for r in caplog.records if r.levelname == "WARNING" and "in_features" in r.getMessage()]
+        return lines, sum("few_tokens" in layer for layer in report["layers"].values())
+    keys = lambda samples, length: {"config": {"calibration": {"num_samples": samples, "max_length": length}}}
+    (line,), few = warned(**keys(1, 8))
+    assert line.startswith(f"{few} of ") and "(8 for " in line and "calibration.num_samples" in line
+    assert warned(**keys(40, 32)) == ([], 0)

@@ -7,6 +7,7 @@ __all__ = ['Source', 'Sink', 'check_finite', 'LayerResult', 'relative_error', 'c
            'quantize_stack', 'cast', 'walk', 'worst_of', 'with_words']
 
 # %% ../../nbs/core/walk.ipynb #1ff311fe
+import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from .errors import UsageError
-from .memory import resident
+from .memory import mib, resident
 from .names import natural_key
 from .plan import LayerPlan, Plan
 from .qtensor import QuantizedWeight
@@ -208,11 +209,12 @@ def walk(
 def worst_of(
     results:list[LayerResult], # Of one block, or of one layer
 ) -> str:
-    "The layer with the largest error and the memory in use, for progress."
-    memory = f"{resident() / 2**30:.2f} GiB"
-    if not results: return f"left in float, {memory}"
+    "The memory in use and the layer with the largest error, for progress; what a narrow terminal cuts comes last."
+    memory = mib(resident())
+    if not results: return f"{memory}, left in float"
     worst = max(results, key=lambda r: r.relative_error)
-    return f"{worst.layer.name} error {worst.relative_error:.3f}, {memory}"
+    name = re.sub(r"^\D*\.(?=\d+\.)", "", worst.layer.name) # from the block's number on
+    return f"{memory}, {name} error {worst.relative_error:.3f}"
 
 def with_words(
     progress:Callable, # As the Logging page has it
