@@ -118,3 +118,21 @@ def test_killed_behind_any_block_and_resumed(kind, tmp_path):
         writer, _ = run(tmp_path, done, writer=writer, device=None)
         assert all(torch.equal(writer.stats[name].hessian, whole[name].hessian) for name in whole)
         assert not [*tmp_path.iterdir()]
+
+
+def test_what_the_page_refuses_is_what_was_measured():
+    "Every architecture that the page of `block_flow` names as refused was, and for the reason of its row."
+    root = Path(__file__).parents[1]
+    rows = json.loads((root / "results/statistics.json").read_text())["rows"]
+    page = json.loads((root / "nbs/core/block_flow.ipynb").read_text())
+    table = next("".join(c["source"]) for c in page["cells"] if "| refused |" in "".join(c["source"]))
+    refused = [line for line in table.splitlines() if line.endswith("| refused |")]
+    reasons = {"share": "share the weight", "class": "can be kept", "exchanged": "exchanges modules"}
+    named = {"zamba": "share", "zamba2": "share", "xlm": "class", "big_bird": "exchanged"}
+    for kind, word in named.items():
+        assert reasons[word] in rows[kind]["refused"], kind
+        line = next(line for line in refused if word in line)
+        assert kind.replace("_", "").replace("zamba2", "zamba 2") in line.lower(), line
+    one_by_one = {kind for kind, row in rows.items() if "cannot be calibrated one by one" in row.get("refused", "")}
+    assert one_by_one - {"xmod"} == set(named)  # xmod needs a language, which no decoder is watched for
+    assert "RWKV" not in table and "HRM" not in table

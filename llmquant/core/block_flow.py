@@ -247,7 +247,8 @@ def _read_flow(calls:list[BlockCall], count:int) -> BlockFlow:
     _once_in_order(calls)
     if len(calls) != count:
         left = sorted({*range(count)} - {call.index for call in calls})
-        raise _Refused(f"blocks {', '.join(map(str, left))} are not run on text, so that nothing can be measured in them")
+        which = f"block {left[0]} is" if len(left) == 1 else f"blocks {', '.join(map(str, left))} are"
+        raise _Refused(f"{which} not run on text, so that nothing can be measured there")
     shared = {id(call.values[name]) for call in calls for name in call.written}
     names, hidden, handed, mappings = {}, [], [], []
     for call, following in zip(calls, [*calls[1:], None]):

@@ -229,6 +229,7 @@ def _draw_channels(axes, worst: Mapping):
     if alive:
         axes.set_ylim(min(alive) / 1.5, max(alive) * 2)
         plain_log(axes.yaxis, max(alive) / min(alive))
+        axes.legend(frameon=False, fontsize=8)
     axes.set_title(f"block {worst['block']}, input of {worst['layer']}", fontsize=9)
 
 def _draw_blocks(axes, blocks: Mapping[int, Mapping]):
@@ -239,7 +240,7 @@ def _draw_blocks(axes, blocks: Mapping[int, Mapping]):
     left = [max((s["after"] for n, s in blocks[i].items() if n not in changed[i]), default=nan) for i in index]
     for side, colour, marker in zip(sides, (COLOURS[6], COLOURS[1]), "os"):
         axes.plot(index, worst[side], color=colour, marker=marker, markersize=4, linewidth=1, label=side)
-    if not all(map(isnan, left)): axes.plot(index, left, color="0.6", linestyle=":", label="not reached")
+    if not all(map(isnan, left)): axes.plot(index, left, color="0.6", linestyle=":", marker="^", markersize=4, label="not changed")
     axes.set(yscale="log", xlabel="block", ylabel="largest channel / median")
     every = [value for value in (*worst["before"], *worst["after"], *left) if not isnan(value)]
     plain_log(axes.yaxis, max(every) / max(min(every), 1))
