@@ -50,7 +50,8 @@ def test_suppressors_are_refused_with_the_recipes_sentence(names):
 
 HINTS = {"activation_bits": (8, "did you mean the keyword 'activations'?"),
          "bitz": (4, "did you mean the keyword 'bits'?"),
-         "calibration": ({"num_samples": 4}, """did you mean config={"calibration": ...}?""")}
+         "calibratoin": ({"num_samples": 4}, """did you mean config={"calibration": ...}?"""),
+         "calibration": ({"num_sample": 4}, """did you mean config={"calibration": {"num_samples": ...}}?""")}
 
 
 @pytest.mark.parametrize("keyword", HINTS)
@@ -59,6 +60,12 @@ def test_a_wrong_keyword_is_told_the_right_one(keyword):
     value, said = HINTS[keyword]
     with pytest.raises(UsageError) as caught: quantize("m", "o", **{keyword: value})
     assert said in str(caught.value)
+
+
+def test_a_call_gives_a_whole_section():
+    found = resolve({"calibration": {"num_samples": 4}}, config={"calibration": {"batch_size": 2}}, origin="call")
+    assert (found.calibration["num_samples"], found.calibration["batch_size"]) == (4, 2)
+    assert found.origins["calibration.num_samples"].startswith("call")
 
 
 def test_a_call_gives_keys_of_activations():
