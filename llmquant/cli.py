@@ -216,8 +216,9 @@ def _print(
     text:str, # For stdout
 ) -> int:     # The exit status
     "Print, and say so in one line where that is not possible."
+    encoding = sys.stdout.encoding or "utf-8"
     try:
-        sys.stdout.write(text)
+        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding)) # names of files may be no UTF-8
         sys.stdout.flush()
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -231,8 +232,9 @@ def _complain(
     error:BaseException, # Its notes are told as well
 ):
     "One line on stderr."
-    line = "; ".join([text, *getattr(error, "__notes__", ())])
-    sys.stderr.write("llmquant: " + line.replace("\n", " ").rstrip() + "\n")
+    line = "; ".join([text, *getattr(error, "__notes__", ())]).replace("\n", " ").rstrip()
+    plain = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in line) # no control character: "\x1b"
+    sys.stderr.write(f"llmquant: {''.join(plain)}\n")
 
 # %% ../nbs/cli.ipynb #8311a440
 def main(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'NOT_VERIFIED', 'PICTURE', 'MUST_AGREE', 'ExportSink', 'export_config', 'write_side_files', 'ExportedModel',
-           'peak_memory_mib', 'verdict', 'make_report', 'to_yaml', 'write_export', 'draw_suppression', 'prove',
-           'verdict_writer', 'kept_complete', 'plan_of_model', 'hand_over', 'changed_keys', 'side_of_model',
+           'peak_memory_mib', 'verdict', 'make_report', 'to_yaml', 'in_unicode', 'write_export', 'draw_suppression',
+           'prove', 'verdict_writer', 'kept_complete', 'plan_of_model', 'hand_over', 'changed_keys', 'side_of_model',
            'check_source', 'export_model', 'trusting', 'adopt_marked']
 
 # %% ../nbs/export.ipynb #2e42f963
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing, contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -157,7 +158,15 @@ def make_report(
 def to_yaml(report:dict) -> str:
     "A report as text; the fast writer of libyaml where it is there."
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-    return yaml.dump(report, Dumper=dumper, sort_keys=False, allow_unicode=True, width=160)
+    write = partial(yaml.dump, Dumper=dumper, sort_keys=False, allow_unicode=True, width=160)
+    try: return write(report)
+    except UnicodeEncodeError: return write(in_unicode(report))
+
+def in_unicode(value):
+    "The same with bytes that are no UTF-8, as names of files may have, spelled out: \\udce1 for 0xe1."
+    if isinstance(value, dict): return {in_unicode(key): in_unicode(item) for key, item in value.items()}
+    if isinstance(value, list | tuple): return [in_unicode(item) for item in value]
+    return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
 
 # %% ../nbs/export.ipynb #779d79a1
 def write_export(

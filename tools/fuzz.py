@@ -24,6 +24,7 @@ import tempfile
 import traceback
 from collections import Counter
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from copy import deepcopy
 from itertools import count
 from pathlib import Path
 from random import Random
@@ -104,6 +105,11 @@ def nudge(value, draw):
     return draw.choice([[value], {"x": value}, str(value)])
 
 
+def fresh(value):
+    "A copy, so that no later mutation changes what is drawn from."
+    return value if value is DEEP else deepcopy(value)
+
+
 def mutate(value, draw):
     "Change one place of a JSON value, in place; says what was done."
     container, key = draw.choice(list(places(value)) or [({"": value}, "")])
@@ -115,7 +121,7 @@ def mutate(value, draw):
         other, theirs = draw.choice(list(places(value)) or [(container, key)])
         container[key] = json.loads(json.dumps(other[theirs], default=lambda deep: "deep"))
     elif way < 5: container[key] = nudge(container[key], draw)
-    else: container[key] = draw.choice(ODD)
+    else: container[key] = fresh(draw.choice(ODD))
     now = "gone" if way == 0 else repr(container.get(key) if isinstance(container, dict) else container[key:key + 1])
     return f"{key}: {now[:60]}"
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from .gguf import GGUFHeader, gguf_package
-from ..core.errors import UsageError
+from ..core.errors import UsageError, library_errors
 
 # %% ../../nbs/checkpoint/gguf_config.ipynb #c26c02ff
 def shortest(
@@ -60,9 +60,8 @@ def read_config(
     folder, name = Path(folder), "keys.gguf"
     if as_a_whole(header.architecture): folder, name = header.path.parent, header.path.name
     else: _write_stub(header, folder / name)
-    try: config = AutoConfig.from_pretrained(str(folder), gguf_file=name)
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise UsageError(f"{header.path}: transformers cannot read this GGUF ({error}); give safetensors instead") from None
+    with library_errors(f"{header.path}: transformers cannot read this GGUF", "give safetensors instead"):
+        config = AutoConfig.from_pretrained(str(folder), gguf_file=name)
     for key, attribute in _CARRIED.items():
         if key in header.of_model() and hasattr(config, attribute): setattr(config, attribute, header.of_model()[key])
     if "token_embd.weight" in header.tensors: config.vocab_size = header.tensors["token_embd.weight"].shape[0]

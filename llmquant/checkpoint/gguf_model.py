@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from .gguf import GGUFHeader, read_gguf_tensor
 from .gguf_config import (
     ROPE_TENSORS, as_a_whole, check_keys, read_config, rope_scaling, shortest, with_rope)
-from ..core.errors import UsageError, one_line
+from ..core.errors import UsageError, library_errors, one_line
 from ..models.sites import check_counts
 from ..models.skeleton import checkpoint_names, on_disk
 
@@ -42,11 +42,8 @@ class GGUFModel:
         self.whole = as_a_whole(header.architecture) # transformers must convert the whole model
         if not self.whole: check_keys(header, self.config)
         check_counts(self.config.to_dict(), {name: tensor.shape for name, tensor in header.tensors.items()})
-        try:
+        with library_errors(f"{header.path}: transformers cannot build this model", "give safetensors instead"):
             with torch.device("meta"): self.model = transformers.AutoModelForCausalLM.from_config(self.config)
-        except (ValueError, TypeError, ZeroDivisionError, RuntimeError, AssertionError) as error:
-            raise UsageError(f"{header.path}: transformers cannot build this model ({type(error).__name__}: "
-                             f"{one_line(error)}); give safetensors instead") from None
         self.places = self._whole_places() if self.whole else self._places()
 
 # %% ../../nbs/checkpoint/gguf_model.ipynb #4ada9380
@@ -199,8 +196,9 @@ def convert_gguf(
                                                                          output_loading_info=True)
     except ImportError:
         raise UsageError(f"{path}: reading this GGUF needs the package accelerate; install it") from None
-    except (ValueError, KeyError, RuntimeError) as error:
-        raise UsageError(f"{path}: transformers cannot read this GGUF ({error}); give safetensors instead") from None
+    except (ValueError, LookupError, TypeError, ArithmeticError, RuntimeError, AssertionError, AttributeError) as error:
+        raise UsageError(f"{path}: transformers cannot read this GGUF ({type(error).__name__}: {one_line(error)}); give "
+                         "safetensors instead") from None
     if facts["missing_keys"]:
         raise UsageError(f"{path}: holds nothing for {sorted(facts['missing_keys'])[0]}; give safetensors instead")
     model.save_pretrained(folder)

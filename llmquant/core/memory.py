@@ -69,6 +69,11 @@ class MemoryNeed:
 GROWTH = 60 << 20 # What this process grows by itself: modules that come late, buffers of the matrix library
 DATA_FREE_GROWTH = 40 << 20 # Without calibration: fewer modules, no products
 
+def _largest(text:Mapping, name:str) -> int: # 0 where the configuration does not say it
+    "A size of config.json, of the hungriest block where each has its own."
+    said = text.get(name) or 0
+    return max((size or 0 for size in said), default=0) if isinstance(said, list | tuple) else said
+
 def forward_bytes(
     text:Mapping,      # config.json's part on the decoder
     plan:Plan,         # What will be done
@@ -77,13 +82,14 @@ def forward_bytes(
     attention:str="sdpa", # How transformers computes it
 ) -> int:
     "What one window takes on its way through the hungriest block."
-    hidden, heads = text["hidden_size"], text.get("num_attention_heads") or 1
-    width = text.get("head_dim") or -(-hidden // heads)
-    if text.get("qk_nope_head_dim"): width = text["qk_nope_head_dim"] + (text.get("qk_rope_head_dim") or 0)
-    keys = heads if text.get("qk_nope_head_dim") else text.get("num_key_value_heads") or heads
+    hidden, heads = text["hidden_size"], _largest(text, "num_attention_heads") or 1
+    width = _largest(text, "head_dim") or -(-hidden // heads)
+    nope = _largest(text, "qk_nope_head_dim")
+    if nope: width = nope + _largest(text, "qk_rope_head_dim")
+    keys = heads if nope else _largest(text, "num_key_value_heads") or heads
     inputs = _inputs_of(plan)
     widest = max((w for block in inputs.values() for w, _ in block), default=hidden)
-    chosen = (text.get("num_experts_per_tok") or 0) * (text.get("moe_intermediate_size") or widest)
+    chosen = _largest(text, "num_experts_per_tok") * (_largest(text, "moe_intermediate_size") or widest)
     mlp, mixing = 2 * hidden + 3 * max(widest, chosen), 2 * hidden + 4 * (heads + keys) * width
     measuring = max((sum(w for w, _ in block) for block in inputs.values()), default=0) + widest
     per_token = max(mlp, mixing) + 3 * hidden * ("maxima" in statistics) + max(

@@ -54,6 +54,8 @@ def presented(
     "Let every suppressor present its checkpoint, one on top of the other."
     check_order(suppressors)
     adapter = ModelRegistry.for_config(source.config)
+    if any(defines(s, "present") for s in suppressors): # which look sizes up in shapes, and take both on trust
+        adapter.check_tensors(source.config, shapes_of(source))
     for suppressor in suppressors:
         check_supported(suppressor, adapter, source.config)
         source = suppressor.present(source, adapter)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import yaml
 
+from ..checkpoint.source import DEPTH, is_deep
 from ..core.errors import ProofError, UsageError
 from ..core.outlier_suppression_registry import CHANGEABLE
 from ..core.scheme import QuantScheme, scheme_of
@@ -51,6 +52,8 @@ def report_objection(report,  # as parsed
     if stray := set(digests) ^ set(layers): return f"layer {min(stray, key=str)}: is in one of layers and digests only"
     if wrong := [name for name, layer in layers.items() if not is_shape(layer)]:
         return f"layers: the shape of {wrong[0]} must be two sizes"
+    if wrong := [name for name, layer in layers.items() if not isinstance(layer.get("scheme", ""), str)]:
+        return f"layers: the scheme of {wrong[0]} must be a word"
     if digests and not is_scheme(report.get("scheme")): return "scheme does not describe a grid"
     edited = proof.get("edited") or {}
     if not isinstance(edited, dict) or not all(isinstance(part, str) for item in edited.items() for part in item):
@@ -72,7 +75,8 @@ def read_report(export: Path) -> dict:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         raise damaged(path, f"is no YAML{f' (line {mark.line + 1})' if mark else ''}") from None
-    if objection := report_objection(report): raise damaged(path, objection)
+    objection = f"nested more than {DEPTH} levels deep" if is_deep(report) else report_objection(report)
+    if objection: raise damaged(path, objection)
     return report
 
 # %% ../../nbs/evaluation/proof_config.ipynb #cce84179
