@@ -266,13 +266,28 @@ def test_the_output_folder_is_looked_at_first(tmp_path):
 
 
 MEASURED = """
-import json, resource, sys
+import json, sys
+from pathlib import Path
 from llmquant.pipeline import quantize
 out, path, keys = sys.argv[1:]
 report = quantize(path, out, "gptq", bits=4, group_size=32, device="cpu", **json.loads(keys))
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+peak, = [int(line.split()[1]) >> 10 for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line]
 print(json.dumps([peak, report["memory"]["predicted_peak_mib"], report["calibration"]["hidden_states"]]))
 """
+
+
+def test_a_peak_is_this_process_own():
+    "A process that a larger one starts does not report the other's memory, as `ru_maxrss` does after fork and exec."
+    large = b"x" * (2**30)
+    script = """
+from pathlib import Path
+from llmquant.export import peak_memory_mib
+peak, = [int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line]
+print(peak >> 10, peak_memory_mib())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    own, reported = map(int, done.stdout.split())
+    assert len(large) >> 20 > own and abs(reported - own) <= 1
 
 
 @pytest.mark.parametrize("ceiling", [False, True])
