@@ -143,7 +143,7 @@ def test_reading_stops_when_there_is_enough(folder, tmp_path):
 
 
 CHILD = """
-import os, resource, socket, sys, tempfile
+import os, socket, sys, tempfile
 from pathlib import Path
 def refuse(*given, **more): raise SystemExit(f"network: {given}")
 socket.getaddrinfo = socket.create_connection = socket.socket.connect = refuse
@@ -152,9 +152,10 @@ print("lazy", not {"transformers", "datasets", "pyarrow"} & set(sys.modules))
 folder, *files = sys.argv[1:]
 mixture = [{"dataset": files[0], "weight": 2}, {"dataset": files[1]}, {"dataset": None, "weight": 0.5}]
 print(load_calibration(mixture, folder, 49152, 14, 64, seed=3).fingerprint)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak(): return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM"))
+before = peak()
 print(load_calibration(files[2], folder, 49152, 16, 64).fingerprint)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+print((peak() - before) // 1024)
 print(os.listdir(tempfile.gettempdir()), os.path.isdir(os.path.join(os.environ["HF_HOME"], "datasets")))
 """
 
