@@ -250,7 +250,8 @@ ELSEWHERE = """
 import os, sys
 for name in ("fcntl", "resource"): sys.modules[name] = None
 for name in ("preadv", "pread", "pwrite", "pwritev", "O_DIRECTORY"): delattr(os, name)
-import llmquant
+import llmquant, llmquant.export
+llmquant.export.PROCESS_STATUS = sys.argv[1] + "/no such file"
 report = llmquant.quantize(sys.argv[1], sys.argv[2], bits=4, group_size=32)
 assert report["peak_memory_mib"] is None
 llmquant.quantize(sys.argv[1], sys.argv[2], bits=4, group_size=32, overwrite=True)
@@ -258,7 +259,7 @@ llmquant.quantize(sys.argv[1], sys.argv[2], bits=4, group_size=32, overwrite=Tru
 
 
 def test_a_platform_with_fewer_calls(tmp_path):
-    "No `fcntl`, `resource`, `preadv`, `pwrite`, and no folder can be opened: the same bytes, and nothing is left."
+    "No `fcntl`, `resource`, `/proc`, `preadv`, `pwrite`, and no folder can be opened: the same bytes, and nothing is left."
     import tiny
 
     from llmquant import quantize
