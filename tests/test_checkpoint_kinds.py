@@ -323,9 +323,9 @@ def test_float8_codes_are_multiplied_with_their_scales(coded, tmp_path, kind, ca
     assert all(loaded[name].equal(reference[name]) for name in reference)
 
 
-@pytest.mark.parametrize("keys", [dict(method="gptq", **TEXT), dict(method="awq", **TEXT),
+@pytest.mark.parametrize("keys", [dict(method="hqq"), dict(method="gptq", **TEXT), dict(method="awq", **TEXT),
                                   dict(method="gptq", **TEXT, **{"calibration.dataset": "self"})])
-def test_calibrated_runs_read_float8_codes(coded, tmp_path, keys):
+def test_other_methods_read_float8_codes(coded, tmp_path, keys):
     for path in coded("blocks"): quantize(path, tmp_path / path.name, **keys, **GRID)
     codes, plain = (digests(tmp_path / path.name) for path in coded("blocks"))
     assert codes == plain
