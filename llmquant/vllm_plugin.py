@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHOD', 'unpack', 'pack4', 'rows_first', 'codes_of', 'read_layer', 'dequantize', 'native_kernel', 'container',
-           'repack_', 'unpack_', 'repack_kernel', 'finish_', 'weight_layouts', 'layer_sizes', 'stock_serves', 'claim',
-           'gptq_linear', 'gptq_method', 'native_config', 'method_class', 'register']
+           'repack_', 'unpack_', 'repack_kernel', 'finish_', 'weight_layouts', 'sizes_in', 'layer_sizes',
+           'stock_serves', 'claim', 'gptq_linear', 'gptq_method', 'native_config', 'method_class', 'register']
 
 # %% ../nbs/vllm_plugin.ipynb #4162e19f
 import dataclasses
@@ -169,12 +169,17 @@ def weight_layouts(config: dict,  # a checkpoint's quantization_config
     return [(w["num_bits"], w["symmetric"], w.get("group_size") or -1) for w in weights]
 
 # %% ../nbs/vllm_plugin.ipynb #441a3953
+def sizes_in(value,           # of a configuration: a number, a list with one for each block, or None
+             ) -> set[int]:
+    "The sizes that one value of a configuration names."
+    return {size for size in (value if isinstance(value, (list, tuple)) else [value]) if size}
+
 def layer_sizes(hf_config) -> set[int]:  # a transformers configuration
     "The in_features and out_features that a decoder's Linears have, as far as its configuration tells."
     text = hf_config.get_text_config()
-    heads = getattr(text, "num_attention_heads", 0) or 0
-    sizes = [text.hidden_size, getattr(text, "intermediate_size", 0), heads * (getattr(text, "head_dim", 0) or 0)]
-    return {size for size in sizes if size}
+    def read(name): return sizes_in(getattr(text, name, None))
+    heads = {count * width for count in read("num_attention_heads") for width in read("head_dim")}
+    return read("hidden_size") | read("intermediate_size") | heads
 
 # %% ../nbs/vllm_plugin.ipynb #88bb6fa1
 def stock_serves(config: dict,  # a checkpoint's quantization_config
