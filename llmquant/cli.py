@@ -20,8 +20,35 @@ from .utils.recipe_keys import KEYS, Key
 from .utils.yaml_file import parse_yaml
 
 # %% ../nbs/cli.ipynb #4f1ecd64
+def _once(
+    action:argparse.Action, # That of a flag; remembers
+    flag:str,               # As given
+    value:Any,              # As given; True and False for a switch
+):
+    "`UsageError` for a flag that is given a second time with another value."
+    first, before = vars(action).setdefault("first", (flag, value))
+    if before == value: return
+    if first != flag: raise UsageError(f"{first} and {flag} contradict each other; keep one of them")
+    raise UsageError(f"{flag} is given twice with different values, {before} and {value}; keep one of them")
+
+class _Value(argparse.Action):
+    "A flag with a value, or an argument without a flag."
+    def __call__(self, parser, namespace, value, flag=None):
+        _once(self, flag, value)
+        setattr(namespace, self.dest, value)
+
+class _Switch(argparse.BooleanOptionalAction):
+    "A flag that can be turned off as well."
+    def __call__(self, parser, namespace, value, flag=None):
+        _once(self, flag, not flag.startswith("--no-"))
+        super().__call__(parser, namespace, value, flag)
+
 class _Parser(argparse.ArgumentParser):
-    "argparse whose errors are `UsageError`s."
+    "argparse whose errors are `UsageError`s, and whose flags have one value."
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        for name in None, "store": self.register("action", name, _Value)
+
     def error(self, message):
         raise UsageError(f"{message} (see {self.prog} --help)")
 
@@ -44,7 +71,7 @@ def _add_recipe_flags(
         shared = {"dest": key.name, "help": key.help, "default": argparse.SUPPRESS}
         if key.name == "verbose": parser.add_argument(key.flag, action="store_true", **shared)
         elif key.flag and key.type is bool:
-            parser.add_argument(key.flag, action=argparse.BooleanOptionalAction, **shared)
+            parser.add_argument(key.flag, action=_Switch, **shared)
         elif key.flag: parser.add_argument(key.flag, metavar=key.name.rpartition(".")[2].upper(), **shared)
     parser.add_argument("--config", metavar="YAML", help="recipe file; the command line overrides it")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], dest="assignments",

@@ -235,6 +235,13 @@ BAD = {
     "MODEL --container zip": "'zip' is not one of",
     "MODEL --max-shard-size big": "'big' is no size",
     "MODEL --max-shard-size 1KB": "below 1MB",
+    "MODEL --bits 4 --bits 8": "--bits is given twice with different values, 4 and 8",
+    "MODEL --bits 4 --config a.yaml --config=b.yaml": "--config is given twice with different values, a.yaml and b.yaml",
+    "MODEL --output-path p": "--output-path is given twice with different values, o and p",
+    "MODEL --no-resume --resume": "--no-resume and --resume contradict",
+    "verify a --reference b --bound 1 --bound 2": "--bound is given twice",
+    "MODEL --layer-wise": "--layer-wise has no effect without layers: minmax quantizes all of them",
+    "MODEL --set quantization.gptq.sym=true": "gptq is not in use (method: minmax); add --method gptq",
     "MODEL --bits 4 --set bits=8": "--bits and --set bits contradict",
     "MODEL --bits 4 --set quantization.bits=8": "contradict",
     "MODEL --activation-bits 8 --set quantization.activations.bits=4":
@@ -466,3 +473,33 @@ def test_options_of_a_suppressor_that_is_not_in_use_are_refused_on_a_command_lin
     assert resolve(config=given).suppressor_options == {}
     with pytest.raises(UsageError, match="smooth_quant is not in use .outlier_suppression: none.; add --outlier-suppr"):
         resolve({"quantization.smooth_quant.alpha": 0.5})
+    given = {"quantization": {"gptq": {"sym": True}, "hqq": {"lp_norm": 0.5}, "layer_wise": True}}
+    assert resolve(config=given).options == resolve().options
+    assert resolve({"quantization.hqq.lp_norm": 0.5, "method": "hqq"}).options["lp_norm"] == 0.5
+
+
+def test_a_flag_is_repeated_with_the_same_value_only():
+    "Every flag of every verb that holds one value; only --set may come again with something else."
+    for verb, parser in cli._make_parser()[1].items():
+        for action in parser._actions:
+            flags, switch = action.option_strings, action.nargs == 0
+            if not flags or action.dest in ("help", "assignments") or switch and len(flags) == 1: continue
+            needs = {"info": ["p"], "verify": ["e", "--reference=4"]}.get(verb, [])
+            one, other = ([flags[1]], [flags[0]]) if switch else ([flags[0], "4"], [flags[0], "8"])
+            assert cli._make_parser()[1][verb].parse_all([*one, *one, *needs])
+            with pytest.raises(UsageError, match="given twice with different values, 4 and 8|contradict each other"):
+                cli._make_parser()[1][verb].parse_all([*one, *other, *needs])
+    repeated = cli._make_parser()[1]["check"].parse_all(["--set", "a=1", "--set", "b=2"])
+    assert repeated.assignments == ["a=1", "b=2"]
+
+
+def test_activation_bits_that_change_nothing_are_said_so(caplog, tmp_path):
+    "Beside a file that asks for a grid they overrule it, and nothing is to be said."
+    file = tmp_path / "r.yaml"
+    with caplog.at_level("INFO", "llmquant"):
+        resolve({"activations": 16}, config={"quantization": {"activations": 8}})
+        file.write_text("quantization: {activations: {bits: 16}}")
+        resolve(config_path=file), resolve({"activations": 16, "quiet": True})
+        assert not caplog.messages
+        assert resolve({"activations": 16}).activations is None
+    assert caplog.messages == ["--activation-bits has no effect: activations stay as they are without it"]

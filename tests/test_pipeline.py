@@ -22,7 +22,9 @@ from llmquant.core.in_memory import is_adopted
 from llmquant.core.model_registry import ModelRegistry
 from llmquant.core.quantizer_registry import BaseQuantizer, QuantizerRegistry
 from llmquant.export import REPORT
+from llmquant.pipeline import check
 from llmquant.quantizers.minmax_quantizer import MinMaxQuantizer
+from llmquant.utils.config import resolve
 
 ROOT = Path(__file__).parents[1]
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "deepseek_v3", "gemma2", "olmo2", "gpt_neox", "phi3", "opt")
@@ -380,6 +382,17 @@ def test_shards_are_as_large_as_asked_and_hold_everything(tmp_path):
     assert len(shards) > 1 and all(shard.stat().st_size < 1_100_000 for shard in shards)
     whole, parts = all_tensors(tmp_path / "whole"), all_tensors(tmp_path / "parts")
     assert whole.keys() == parts.keys() and all(torch.equal(whole[n], parts[n]) for n in whole)
+
+
+def test_a_shard_smaller_than_a_tensor_is_refused(tmp_path):
+    "A tensor cannot be divided; the smallest size that is allowed is named, and is right."
+    base = tiny.make("llama", tmp_path / "base", layers=1, vocab_size=4608)
+    keys = dict(bits=8, group_size=32, model_path=str(base))
+    said = r"max_shard_size 1000000 bytes: tensor .* takes 1179648 and cannot be divided between files; give 2MB or more"
+    with pytest.raises(UsageError, match=said): check(resolve({**keys, "max_shard_size": "1MB"}))
+    with pytest.raises(UsageError, match=said): llmquant.quantize(base, tmp_path / "out", group_size=32, max_shard_size="1MB")
+    assert not (tmp_path / "out").exists()
+    check(resolve({**keys, "max_shard_size": "2MB"})), check(resolve({**keys, "max_shard_size": 1179648}))
 
 
 def test_overwrite_never_reaches_the_model_through_links(base, tmp_path):
