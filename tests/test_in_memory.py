@@ -1,4 +1,6 @@
 "A model in memory gets what the same recipe gives a checkpoint, and refuses what the recipe refuses."
+import gc
+
 import pytest
 import tiny
 import tiny_tokenizer
@@ -164,6 +166,47 @@ def test_a_suppressor_that_only_presents_works_in_memory_as_on_a_folder(scope, t
         plain = quantize(tmp_path / "base", tmp_path / "plain", bits=4, group_size=32)["proof"]["digests"]
         assert {n for n, d in plain.items() if d != report["proof"]["digests"][n]} == {n for n in plain if ".mlp." in n}
     finally: OutlierSuppressionRegistry._registry.classes.pop("flip")
+
+
+def live():
+    "Bytes of all tensors that somebody holds, each storage once."
+    found = {}
+    for one in gc.get_objects():
+        if issubclass(type(one), torch.Tensor) and one.device.type == "cpu":
+            found[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
+    return sum(found.values())
+
+
+class Mixing(BaseOutlierSuppressor):
+    "Adds gate to up and takes it away again: edits that read two matrices of their block, and are measured."
+    name, scope, peak = "mixing", "model", 0
+    def measured(self, edit):
+        def wrapped(read):
+            value = edit(read)
+            self.peak = max(self.peak, live())
+            return value
+        return wrapped
+    def present(self, source, adapter):
+        edits = {}
+        for name in source.tensors:
+            if not name.endswith("gate_proj.weight"): continue
+            gate, up, down = (name.replace("gate", part) for part in ("gate", "up", "down"))
+            edits[down] = self.measured(lambda read, down=down: read(down) * 2)
+            edits[up] = self.measured(lambda read, gate=gate, up=up: read(up) / 2 + 0 * read(gate))
+            edits[gate] = self.measured(lambda read, gate=gate, up=up: read(gate) + 0 * read(up))
+        return present_edits(source, edits)
+
+
+def test_a_suppressor_that_presents_a_model_in_memory_copies_a_block_and_not_the_model():
+    model, mixing = tiny.build("llama", torch.float32, layers=8), Mixing()
+    old = {n: p.clone() for n, p in model.named_parameters() if "mlp" in n and ".3." in n}
+    gc.collect()
+    before, own = live(), sum(p.numel() * 4 for p in model.parameters())
+    mixing.apply(model)
+    assert own < mixing.peak - before + own < 1.4 * own # two blocks of 8 are compared, in float32
+    for name, value in old.items():
+        factor = {"gate": 1, "up": .5, "down": 2}[name.split(".")[-2].removesuffix("_proj")]
+        assert torch.equal(model.get_parameter(name), factor * value)
 
 
 def test_a_suppressor_of_the_model_that_edits_blocks_is_refused_when_it_is_registered():

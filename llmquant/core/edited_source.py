@@ -6,10 +6,13 @@
 __all__ = ['EditedSource', 'present_edits', 'shapes_of', 'Originals', 'untie_', 'put_edits_']
 
 # %% ../../nbs/core/edited_source.ipynb #1c2219fe
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
+from .errors import UsageError
 from .names import natural_key
 
 # %% ../../nbs/core/edited_source.ipynb #f52ed35d
@@ -72,19 +75,52 @@ def shapes_of(
 
 # %% ../../nbs/core/edited_source.ipynb #bfa3b575
 class Originals:
-    "A model's tensors as they were: vectors are kept, matrices are the model's own unless all are to be kept."
+    "A model's tensors as they were: vectors are kept, matrices are the model's own."
     def __init__(self,
         source, # A `ModelSource`
-        whole:bool=False, # Keep everything, for edits that read other matrices than the one they edit
+        whole:bool=False, # Edits read other matrices than the one they edit, so they are given copies
     ):
         self.source, self.config, self.tensors, self.dtype = source, source.config, source.tensors, source.dtype
-        self.kept = {n: source.tensor(n).clone() for n, s in shapes_of(source).items() if whole or len(s) == 1}
+        self.kept = {n: source.tensor(n).clone() for n, s in shapes_of(source).items() if len(s) == 1}
+        self.whole, self.reads, self.reader, self.overwritten = whole, {}, "", set()
 
     def tensor(self,
         name:str, # Checkpoint name
     ) -> Tensor:
-        "One tensor."
-        return self.kept[name] if name in self.kept else self.source.tensor(name)
+        "One tensor; `UsageError` when it is overwritten and no edit read it the first time."
+        if self.reader: self.reads[self.reader].add(name)
+        if name in self.kept: return self.kept[name]
+        if name in self.overwritten:
+            raise UsageError(f"an edit reads {name}, which it did not read when it was tried, and which is edited by now; "
+                             "an edit must read the same tensors each time, and this model must be loaded again")
+        return self.source.tensor(name).clone() if self.whole else self.source.tensor(name)
+
+# %% ../../nbs/core/edited_source.ipynb #3d0b6a51
+@patch
+def follow(self:Originals,
+    parameters:Iterable[str],         # That will be overwritten, in order
+    value_of:Callable[[str], Tensor], # Computes one
+):
+    "Compute each parameter once, to see which tensors it is made from; nothing is overwritten."
+    for self.reader in parameters:
+        self.reads[self.reader] = set()
+        value_of(self.reader)
+    self.reader = ""
+    self.left, self.homes = Counter(name for reads in self.reads.values() for name in reads), {}
+    for name, value in self.source.values.items():
+        if name not in self.kept: self.homes.setdefault(value.untyped_storage().data_ptr(), []).append(name)
+
+@patch
+def give_up(self:Originals,
+    parameter:str, # Its new value was computed
+    old:Tensor,    # What it holds still, and will not any more
+):
+    "Keep what is about to be overwritten where another edit reads it, and drop what no edit reads any more."
+    self.left -= (reads := Counter(self.reads.pop(parameter)))
+    here = set(self.homes.get(old.untyped_storage().data_ptr(), ())) - self.overwritten
+    for name in here & self.left.keys(): self.kept[name] = self.source.tensor(name).clone()
+    self.overwritten |= here
+    for name in reads.keys() & self.overwritten - self.left.keys(): self.kept.pop(name, None)
 
 # %% ../../nbs/core/edited_source.ipynb #c5fa1b50
 @torch.no_grad()
@@ -104,15 +140,20 @@ def put_edits_(
     adapter,            # Of its family
     view:EditedSource,  # Of `Originals` of the model
     head:str="",        # Tensor name of a head that must be untied
+    originals:Originals|None=None, # Those, where edits read more than vectors and the matrix they edit
 ):
     "Bring an edited checkpoint into the model that it was made from."
     parameters, places = dict(model.named_parameters()), adapter.tensor_places(model)
     shapes, edited = shapes_of(view), getattr(view, "edited", view.tensors)
     vectors = {name: view.tensor(name) for name in edited if len(shapes[name]) == 1}
+    def value_of(name):
+        if places[name] in vectors: return vectors[places[name]]
+        if places[name] is not None: return view.tensor(places[name])
+        return adapter.assemble(model, name, tuple(parameters[name].shape), view.tensor, torch.float32)
+    todo = [n for n in parameters if n in places and (places[n] is None or places[n] in edited)]
+    if originals: originals.follow(todo, value_of)
     if head: untie_(model, view.tensor(head))
-    for name in parameters.keys() & places.keys():
-        parameter, place = parameters[name], places[name]
-        if place is not None and place not in edited: continue
-        value = (adapter.assemble(model, name, tuple(parameter.shape), view.tensor, torch.float32) if place is None
-                 else vectors[place] if place in vectors else view.tensor(place))
-        parameter.copy_(value)
+    for name in todo:
+        value = value_of(name)
+        if originals: originals.give_up(name, parameters[name])
+        parameters[name].copy_(value)

@@ -267,13 +267,13 @@ def present_model(
     "Bring the checkpoint that a suppressor presents into a model; before anything is edited, both are compared."
     if not suppressor.settings: suppressor.configure({})
     adapter = ModelRegistry.for_config(model.config.to_dict())
-    source = Originals(ModelSource(model, adapter), whole=True) # an edit may read anything
+    source = Originals(ModelSource(model, adapter), whole=True) # an edit may read any of them
     check_supported(suppressor, adapter, source.config)
     view = suppressor.present(source, adapter)
     head = untied_head(suppressor, source, view)
     compare_presented(source, view, [suppressor], str(model.device))
     if view is not source:
-        put_edits_(model, adapter, view, head)
+        put_edits_(model, adapter, view, head, source)
         mark_edited(model, getattr(view, "edited", view.tensors))
     note_suppression(model, suppressor)
     return model
