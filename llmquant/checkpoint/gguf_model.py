@@ -23,7 +23,83 @@ from ..core.errors import UsageError, library_errors, one_line
 from ..models.sites import check_counts
 from ..models.skeleton import checkpoint_names, on_disk
 
-# %% ../../nbs/checkpoint/gguf_model.ipynb #9be0aa95
+# %% ../../nbs/checkpoint/gguf_model.ipynb #c2769548
+def _names(
+    header:GGUFHeader,
+    model, # of transformers, without memory
+    processor, # transformers' function for the architecture
+)->dict: # name in the file -> name in transformers' memory
+    "The names of the package gguf for this architecture, and what transformers' function for it adds."
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+    number = next((n for n, name in MODEL_ARCH_NAMES.items() if name == header.architecture), None)
+    if number is None: raise UsageError(f"{header.path}: architecture {header.architecture!r} is unknown to "
+                                        "the package gguf; install a newer one")
+    known, found = get_tensor_name_map(number, model.config.num_hidden_layers), {}
+    for outside in range(3): # how many parts in front are left out
+        for full in model.state_dict():
+            parts = full.split(".")
+            above, inner = "".join(f"{part}." for part in parts[:outside]), processor.preprocess_name(".".join(parts[outside:]))
+            stem, suffix = _module_and_suffix(inner)
+            name = known.get_name(stem)
+            if name: found.setdefault(name + suffix, above + inner)
+            else:
+                processor.perform_fallback_tensor_mapping(more := {}, suffix, above, inner)
+                found = more | found
+    return found
+
+def _module_and_suffix(
+    name:str, # of a parameter
+)->tuple: # its module, and `.weight`, `.bias` or nothing
+    "The table has names of modules, the file those of their weights and biases."
+    stem, dot, leaf = name.rpartition(".")
+    return (stem, dot + leaf) if leaf in ("weight", "bias") else (name, "")
+
+# %% ../../nbs/checkpoint/gguf_model.ipynb #b3c62b9c
+_NOT_WEIGHTS = re.compile(r"rope_(freqs|factors_long|factors_short)\.weight|.*\.attn_rot_embd(\.weight)?")
+
+def _sources(
+    header:GGUFHeader,
+    names:dict, # from `_names`
+    parameters, # names that the checkpoint needs, as in transformers' memory
+    tied:bool, # whether the head is the embeddings
+)->tuple: # {parameter: tensors of the file}, tensors that nothing would use
+    "Which tensors of the file fill which parameter."
+    sources, unused = {}, []
+    for tensor in header.tensors:
+        name = names.get(tensor) or names.get(tensor.removesuffix(".weight"))
+        if name in parameters: sources.setdefault(name, []).append(tensor)
+        elif not _NOT_WEIGHTS.fullmatch(tensor) and not (name and tied): unused.append(tensor)
+    return sources, unused
+
+# %% ../../nbs/checkpoint/gguf_model.ipynb #159c714f
+def _check_complete(
+    header:GGUFHeader,
+    kind:str, # class of the model in transformers
+    unused:list, # tensors of the file
+    missing:list, # parameters
+):
+    "`UsageError` where the file and transformers' model do not have the same tensors."
+    if unused:
+        more = f" (and {len(unused) - 1} more)" if unused[1:] else ""
+        raise UsageError(f"{header.path}: tensor {unused[0]}{more} has no place in transformers' {kind} with this "
+                         "configuration, so it would be dropped; give safetensors instead")
+    if missing:
+        raise UsageError(f"{header.path}: holds nothing for {missing[0]} of transformers' {kind}; give safetensors "
+                         "instead")
+
+def _check_size(
+    header:GGUFHeader,
+    tensors:list, # of the file, whose values together fill the parameter
+    name:str, # of the parameter
+    parameter, # tensor of transformers' model, without memory
+):
+    "`UsageError` where the configuration gives a parameter another size than its tensors have."
+    held = [header.tensors[tensor].shape for tensor in tensors]
+    if sum(map(prod, held)) != parameter.numel():
+        raise UsageError(f"{header.path}: tensor {tensors[0]} is {list(held[0])}, and {name} "
+                         f"{list(parameter.shape)} by the keys of the file; one of the two is damaged, fetch it again")
+
+# %% ../../nbs/checkpoint/gguf_model.ipynb #3ed212c3
 @dataclass(frozen=True)
 class GGUFPlace:
     "Where a checkpoint's tensor comes from."
@@ -31,10 +107,29 @@ class GGUFPlace:
     shape: tuple # of int, in the checkpoint
     part: int|None = None # which expert of a stack
 
+def _experts(
+    header:GGUFHeader,
+    model, # of transformers, without memory
+    name:str, # of the stack in transformers' memory
+    stack, # its parameter, without memory
+    sources:list, # tensors of the file
+)->dict: # name in the checkpoint -> GGUFPlace
+    "Where each matrix of a stack of experts comes from."
+    places = {}
+    for place, part in on_disk(model, {name: stack}).items():
+        found = re.search(r"\.experts\.(\d+)\.(gate|up|down)_proj\.weight$", place)
+        source = [tensor for tensor in sources if found and tensor.endswith(f".ffn_{found[2]}_exps.weight")]
+        if len(source) != 1 or header.tensors[source[0]].shape[1:] != tuple(part.shape):
+            raise UsageError(f"{header.path}: where {place} lies in {', '.join(sources)} is not known; give "
+                             "safetensors instead")
+        places[place] = GGUFPlace((source[0],), tuple(part.shape), int(found[1]))
+    return places
+
+# %% ../../nbs/checkpoint/gguf_model.ipynb #14c37c8b
 class GGUFModel:
     "A GGUF's configuration and tensors under the names of a checkpoint."
     def __init__(self,
-        header:GGUFHeader,
+        header:GGUFHeader, # from `read_gguf_header`
         folder:Path, # for files that are needed on the way
     ):
         import transformers
@@ -46,11 +141,8 @@ class GGUFModel:
             with torch.device("meta"): self.model = transformers.AutoModelForCausalLM.from_config(self.config)
         self.places = self._whole_places() if self.whole else self._places()
 
-# %% ../../nbs/checkpoint/gguf_model.ipynb #4ada9380
-_NOT_WEIGHTS = re.compile(r"rope_(freqs|factors_long|factors_short)\.weight|.*\.attn_rot_embd(\.weight)?")
-
 @patch
-def _whole_places(self:GGUFModel)->dict:
+def _whole_places(self:GGUFModel)->dict: # name in the checkpoint -> GGUFPlace without sources
     "Names and shapes alone."
     saved = {name: tensor for name, tensor in self.model.state_dict().items() if name in checkpoint_names(self.model)}
     return {name: GGUFPlace((), tuple(tensor.shape)) for name, tensor in on_disk(self.model, saved).items()}
@@ -61,73 +153,14 @@ def _places(self:GGUFModel)->dict: # name in the checkpoint -> GGUFPlace
     from transformers import modeling_gguf_pytorch_utils as conversion
     made = conversion.TENSOR_PROCESSORS.get(self.header.architecture, conversion.TensorProcessor)
     self.processor = made(config=self.config.to_dict())
-    self.names = self._names()
-    stored, state, sources, unused = checkpoint_names(self.model), self.model.state_dict(), {}, []
-    for tensor in self.header.tensors:
-        name = self.names.get(tensor) or self.names.get(tensor.removesuffix(".weight"))
-        if name in stored: sources.setdefault(name, []).append(tensor)
-        elif not _NOT_WEIGHTS.fullmatch(tensor) and not (name and self.config.tie_word_embeddings): unused.append(tensor)
-    self._check_complete(unused, [name for name in stored if name not in sources])
-    for name, tensors in sources.items(): self._check_size(tensors, name, state[name])
-    places = {}
+    self.names = _names(self.header, self.model, self.processor)
+    stored, state, places = checkpoint_names(self.model), self.model.state_dict(), {}
+    sources, unused = _sources(self.header, self.names, stored, self.config.tie_word_embeddings)
+    _check_complete(self.header, type(self.model).__name__, unused, [name for name in stored if name not in sources])
+    for name, tensors in sources.items(): _check_size(self.header, tensors, name, state[name])
     for name, place in stored.items():
         if place is not None: places[place] = GGUFPlace(tuple(sources[name]), tuple(state[name].shape))
-        else: places |= self._experts(name, state[name], sources[name])
-    return places
-
-@patch
-def _names(self:GGUFModel)->dict: # name in the file -> name in transformers' memory
-    "The names of the package gguf for this architecture, and what transformers' function for it adds."
-    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
-    number = next((n for n, name in MODEL_ARCH_NAMES.items() if name == self.header.architecture), None)
-    if number is None: raise UsageError(f"{self.header.path}: architecture {self.header.architecture!r} is unknown to "
-                                        "the package gguf; install a newer one")
-    known, found = get_tensor_name_map(number, self.config.num_hidden_layers), {}
-    for outside in range(3): # some files have the names of the model without its head, such as Bloom's
-        for full in self.model.state_dict():
-            parts = full.split(".")
-            above, inner = "".join(f"{part}." for part in parts[:outside]), self.processor.preprocess_name(".".join(parts[outside:]))
-            stem, dot, leaf = inner.rpartition(".")
-            stem, suffix = (stem, dot + leaf) if leaf in ("weight", "bias") else (inner, "")
-            name = known.get_name(stem)
-            if name: found.setdefault(name + suffix, above + inner)
-            else:
-                self.processor.perform_fallback_tensor_mapping(more := {}, suffix, above, inner)
-                found = more | found
-    return found
-
-@patch
-def _check_size(self:GGUFModel, tensors:list, name:str, parameter):
-    "`UsageError` where the configuration gives a parameter another size than its tensors have."
-    held = [self.header.tensors[tensor].shape for tensor in tensors]
-    if sum(map(prod, held)) != parameter.numel():
-        raise UsageError(f"{self.header.path}: tensor {tensors[0]} is {list(held[0])}, and {name} "
-                         f"{list(parameter.shape)} by the keys of the file; one of the two is damaged, fetch it again")
-
-@patch
-def _check_complete(self:GGUFModel, unused:list, missing:list):
-    "`UsageError` where the file and transformers' model do not have the same tensors."
-    kind = type(self.model).__name__
-    if unused:
-        more = f" (and {len(unused) - 1} more)" if unused[1:] else ""
-        raise UsageError(f"{self.header.path}: tensor {unused[0]}{more} has no place in transformers' {kind} with this "
-                         "configuration, so it would be dropped; give safetensors instead")
-    if missing:
-        raise UsageError(f"{self.header.path}: holds nothing for {missing[0]} of transformers' {kind}; give safetensors "
-                         "instead")
-
-# %% ../../nbs/checkpoint/gguf_model.ipynb #43774f57
-@patch
-def _experts(self:GGUFModel, name:str, stack, sources:list)->dict: # as `places`
-    "Where each matrix of a stack of experts comes from."
-    places = {}
-    for place, part in on_disk(self.model, {name: stack}).items():
-        found = re.search(r"\.experts\.(\d+)\.(gate|up|down)_proj\.weight$", place)
-        source = [tensor for tensor in sources if found and tensor.endswith(f".ffn_{found[2]}_exps.weight")]
-        if len(source) != 1 or self.header.tensors[source[0]].shape[1:] != tuple(part.shape):
-            raise UsageError(f"{self.header.path}: where {place} lies in {', '.join(sources)} is not known; give "
-                             "safetensors instead")
-        places[place] = GGUFPlace((source[0],), tuple(part.shape), int(found[1]))
+        else: places |= _experts(self.header, self.model, name, state[name], sources[name])
     return places
 
 # %% ../../nbs/checkpoint/gguf_model.ipynb #447e3767
@@ -165,6 +198,7 @@ def settings(self:GGUFModel)->dict:
                 if name in self.header.tensors}
     return shortest(with_rope(config, rope_scaling(self.header, self.config, rope)))
 
+# %% ../../nbs/checkpoint/gguf_model.ipynb #632c2ce5
 def write_tokenizer(
     path:Path, # of the .gguf file
     folder:Path, # receives tokenizer.json, tokenizer_config.json and a chat template
