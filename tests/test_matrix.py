@@ -102,3 +102,37 @@ def test_matrix_is_whole_on_llama_and_pairwise_elsewhere():
         "awq",
     }
     assert any(row.stored_bits == 8 for row in matrix.all_rows("cuda") if row.loader == "stock")
+
+
+def test_chosen_rows_run_again_and_the_others_stay(tmp_path, monkeypatch):
+    "With --fresh; a row from another machine than the file's says so, and all say what vLLM was told."
+    import json
+
+    rows = [row.name for row in matrix.all_rows("cpu")][:3]
+    out, ran = tmp_path / "matrix.json", []
+
+    def run_rows(part, folder):
+        ran.append([row.name for row in part])
+        return [{"name": row.name, "passed": True, "environment": matrix.setting(), "run": len(ran)} for row in part]
+
+    def run(*arguments, processor):
+        about = matrix.header("cpu") | {"machine": {"processor": processor}}
+        monkeypatch.setattr(matrix, "header", lambda _: about)
+        monkeypatch.setattr(sys, "argv", ["matrix.py", "--out", str(out), *arguments])
+        with pytest.raises(SystemExit) as end:
+            matrix.main()
+        assert end.value.code == 0
+
+    monkeypatch.setattr(matrix, "run_rows", run_rows)
+    monkeypatch.setattr(matrix, "plugin_path", lambda _: "")
+    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
+    monkeypatch.setattr(matrix, "all_rows", lambda _, rows=matrix.all_rows("cpu")[:3]: rows)
+    run(processor="first")
+    run(processor="second")  # nothing is missing
+    run("--rows", f"^{rows[1]}$", "--fresh", processor="second")
+    found = json.loads(out.read_text())
+    assert ran == [rows, [rows[1]]] and found["machine"] == {"processor": "first"}
+    kept = {row["name"]: row for row in found["rows"]}
+    assert {name: (row["run"], row.get("machine")) for name, row in kept.items()} == {
+        rows[0]: (1, None), rows[1]: (2, {"processor": "second"}), rows[2]: (1, None)}
+    assert {row["environment"] for row in kept.values()} == {"VLLM_CPU_INT4_W4A8=0"}

@@ -3,13 +3,14 @@
     matrix.py                                  the whole matrix on this machine's CPU
     matrix.py --platform cuda --workers 4      the same on a GPU, several vLLMs at once
     matrix.py --rows 'llama .* plugin'         only rows whose names match
+    matrix.py --rows 'llama .* plugin' --fresh  the same once more; all other rows stay as they are
     matrix.py --budget-seconds 400             begin no more chunks of rows after that
 
 A row is a tiny model quantized, exported, loaded by vLLM in float16 and compared with the dequantized export in
 transformers (float32) at 4 x 48 tokens: the mean KL divergence must be at most 1e-4. Where this machine's kernels take
 another dtype (a CPU with AMX: W8A8 and DeepSeek in bfloat16), that is served, under three times the reference's own
-bfloat16 noise, and each row names its kernels. 4-bit weights are multiplied with float activations everywhere: all
-figures are taken with VLLM_CPU_INT4_W4A8=0, which is not what a server on a CPU with AMX does by default. `smollm2`
+bfloat16 noise, and each row names its kernels. 4-bit weights are multiplied with float activations everywhere: each
+row is taken with VLLM_CPU_INT4_W4A8=0, and says so, which is not what a server on a CPU with AMX does by default. `smollm2`
 rows are the demo's language model; one that is above the bound is compared with what float16 costs transformers on the
 same weights, and fails at twice that. `plugin` rows ask for `quantization="minmax"`, or the name of another method that
 made them; `stock` rows run without plugins, wherever vLLM has a kernel of its own for that layout on that platform.
@@ -24,7 +25,7 @@ further from weights alone.
 
 Mixtures of experts are judged at the positions where the router does not hang on rounding. Llama gets the
 whole product; the other families get rows that hold each pair of settings. Rows are written as each chunk ends, and a
-run that was stopped goes on where it was, unless --fresh.
+run that was stopped goes on where it was; --fresh runs the chosen rows again and keeps the others.
 """
 
 import argparse
@@ -299,11 +300,20 @@ def compare(job, reference, said):
         logits = served_model.forced_logits(load(out, torch.float32, "cpu", torch.float16), prompts)
         figures["own_noise"] = half_noise(load(out, torch.float16, "cpu", torch.float16), logits, prompts)
         figures["bound"] = max(figures["bound"], 2 * figures["own_noise"])
-    found = {"layers": layers, "dtype": said.dtype, "kernels": sorted(set(said.kernels.values())), **shifts(report)}
+    found = {"layers": layers, "dtype": said.dtype, "environment": setting()}
+    found |= {"kernels": sorted(set(said.kernels.values())), **shifts(report)}
     found |= figures | {"passed": not served_check.objection(figures, said.dtype)}
     if "linear_bound" in found:
         found |= with_grid(job, said, found)
     return {**found, "seconds": round(said.seconds, 1)}
+
+
+def setting():
+    "What vLLM's process is told about the activations of 4-bit weights."
+    from llmquant.evaluation.kernels import W4A8
+    from llmquant.evaluation.vllm_check import child_environment
+
+    return f"{W4A8}={child_environment(True)[W4A8]}"
 
 
 def shifts(report):
@@ -413,7 +423,7 @@ def header(platform):
         about["vllm"] = importlib.metadata.version("vllm")
     return {
         "command": f"tools/matrix.py --platform {platform}",
-        "about": "KL(dequantized export in float32 || vLLM in the row's dtype, VLLM_CPU_INT4_W4A8=0)",
+        "about": "KL(dequantized export in float32 || vLLM in the row's dtype, else float16)",
         "machine": about,
         "protocol": {"platform": platform, "bound": BOUND, "prompts": 4, "predicted": 48},
     }
@@ -429,13 +439,14 @@ def main():
     parser.add_argument("--workers", type=int, default=1, help="children at once")
     parser.add_argument("--chunk", type=int, default=16, help="rows for each child")
     parser.add_argument("--list", action="store_true", help="print the names of the rows and stop")
-    parser.add_argument("--fresh", action="store_true", help="run rows again that the results hold already")
+    parser.add_argument("--fresh", action="store_true", help="run the chosen rows again; others are kept")
     given, start = parser.parse_args(), time.monotonic()
     rows = [row for row in all_rows(given.platform) if re.search(given.rows, row.name)]
     if given.list:
         return print("\n".join(row.name for row in rows))
-    results = Results(given.out or ROOT / f"results/matrix_{given.platform}.json", header(given.platform), given.fresh)
-    missing = [row for row in rows if not results.has(name=row.name, passed=True)]
+    results = Results(given.out or ROOT / f"results/matrix_{given.platform}.json", header(given.platform))
+    here = results.keep_machine()
+    missing = [row for row in rows if given.fresh or not results.has(name=row.name, passed=True)]
     with tempfile.TemporaryDirectory() as folder:
         paths = [plugin_path(folder), str(ROOT), os.environ.get("PYTHONPATH", "")]
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
@@ -449,7 +460,7 @@ def main():
         with ThreadPoolExecutor(given.workers) as pool:
             for done in as_completed([pool.submit(work, part) for part in chunks(missing, given.chunk)]):
                 for row in done.result():
-                    results.add(**row)
+                    results.add(**row, **here)
     names = {row.name for row in rows}
     failed = [row["name"] for row in results.rows if row["name"] in names and not row["passed"]]
     done = sum(row["name"] in names for row in results.rows)

@@ -146,6 +146,13 @@ class Results:
             if found.get("protocol") == header["protocol"]:
                 self.rows = found["rows"]
 
+    def keep_machine(self):
+        "The header names the machine of the rows that are there; what a row from another one has to say beside."
+        here = self.header["machine"]
+        if self.rows:
+            self.header["machine"] = json.loads(self.path.read_text(encoding="utf-8"))["machine"]
+        return {} if here == self.header["machine"] else {"machine": here}
+
     def has(self, **key):
         "Whether a row with these values is there."
         return any(all(row.get(k) == v for k, v in key.items()) for row in self.rows)

@@ -110,7 +110,14 @@ class Rows(Results):
 
     def __init__(self, path, header, fresh=False):
         super().__init__(path, header, fresh)
-        if self.rows: header["machines"] = json.loads(self.path.read_text())["machines"] | header["machines"]
+        self.before = json.loads(self.path.read_text())["machines"] if self.rows else {}
+        header["machines"] = self.before | header["machines"]
+
+    def keep_machine(self, device):
+        "The header names the machine of a device's first rows; what a row from another one has to say beside."
+        here = self.header["machines"][device]
+        self.header["machines"][device] = self.before.get(device, here)
+        return {} if here == self.header["machines"][device] else {"machine": here}
 
     def runs(self, name):
         "Runs of one row so far."

@@ -3,6 +3,7 @@
     measure_served.py --calibration wikitext2_valid.raw --text wikitext2_test.raw                    on a CPU
     measure_served.py --calibration ... --text ... --device cuda                                      on a GPU
     measure_served.py ... --rows 'W8A8 dynamic'     only rows whose names match
+    measure_served.py ... --rows 'W8A8 dynamic' --fresh   the same once more; all other rows stay as they are
     measure_served.py --list                        the names
 
 The model is SmolLM2-135M-Instruct off its grid in float32 (`llmquant.demo`). Each row is an export: `llmquant.load` and
@@ -11,9 +12,9 @@ tokens: the first 8 windows of 1024 tokens of --text, at 32 windows of 512 token
 within 2 %. vLLM serves in float32 where all Linears have a grid for activations and the platform is a CPU, else in
 float16, or in what this machine's kernels take instead (bfloat16 for W8A8 on a CPU with AMX); each row names kernels
 and dtype. The simulation's weights are rounded to that dtype and its inputs are put on the grids as those kernels have
-them; it always computes in float32. 4-bit weights keep float activations: VLLM_CPU_INT4_W4A8 is 0 for every figure,
-which is not a server's default on a CPU with AMX. Rows are written
-as they come, one for each platform; a run that was stopped goes on where it was, unless --fresh.
+them; it always computes in float32. 4-bit weights keep float activations: each row is taken with VLLM_CPU_INT4_W4A8=0,
+and says so, which is not a server's default on a CPU with AMX. Rows are written as they come, one for each platform; a
+run that was stopped goes on where it was; --fresh runs the chosen rows again and keeps the others.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from matrix import setting
 from measure import CONTEXT, ROOT, machine
 from measure_methods import Rows, bench_of, called, device_name
 from measure_outliers import AUTO, DOWN_DYNAMIC, OS2, ROTATED, SMOOTH, STATIC_MSE, recipe, row
@@ -98,11 +100,11 @@ def served(out, dtype, flexible, bench):
     return tensors["logprobs"].mean().neg().exp().item(), {name: json.loads(value) for name, value in facts.items()}
 
 
-def measure(words, one, given, bench, results):
-    "One row: export, simulate, serve."
+def measure(words, one, given, bench, results, here):
+    "One row: export, simulate, serve; `here` is what it says about its machine."
     platform = "cpu" if given.device == "cpu" else "cuda"
     name = f"{words}, {platform}"
-    if results.has(name=name):
+    if results.has(name=name) and not given.fresh:
         return
     with tempfile.TemporaryDirectory(dir=given.scratch) as folder:
         out, seconds = exported(one, given, bench, folder)
@@ -116,9 +118,10 @@ def measure(words, one, given, bench, results):
     facts = {key: about[key] for key in ("bits", "group_size", "activations", "method", "overrides") if key in about}
     facts["suppressors"] = dict(about["suppressors"])
     results.add(name=name, words=words, platform=platform, dtype=said["dtype"], device=device_name(given), **facts,
-                kernels=sorted(set(said["kernels"].values())),
+                kernels=sorted(set(said["kernels"].values())), environment=setting(),
                 simulated=round(ours, 4), served=round(theirs, 4), ratio=round(theirs / ours, 5),
-                passed=abs(theirs / ours - 1) <= APART, seconds={key: round(value, 1) for key, value in took.items()})
+                passed=abs(theirs / ours - 1) <= APART, seconds={key: round(value, 1) for key, value in took.items()},
+                **here)
 
 
 def main():
@@ -134,7 +137,7 @@ def main():
     parser.add_argument("--dtype", default="auto", help="what vLLM serves in: float32, float16 or bfloat16")
     parser.add_argument("--scratch", help="folder for the exports, which are removed")
     parser.add_argument("--list", action="store_true")
-    parser.add_argument("--fresh", action="store_true")
+    parser.add_argument("--fresh", action="store_true", help="run the chosen rows again; others are kept")
     given = parser.parse_args()
     rows = [(words, one) for words, one in all_rows() if re.search(given.rows, words)]
     if given.list:
@@ -146,11 +149,11 @@ def main():
     protocol |= {"apart": APART, "text": called(given.text)}
     protocol |= {"calibration": f"{called(given.calibration)}, {SAMPLES} x {LENGTH}"}
     header = {"command": "tools/measure_served.py", "about": __doc__.split("\n")[0]}
-    header |= {"environment": "VLLM_CPU_INT4_W4A8=0"}
     header |= {"machines": {device_name(given): machine()}, "protocol": protocol}
-    results = Rows(given.out, header, given.fresh)
+    results = Rows(given.out, header)
+    here = results.keep_machine(device_name(given))
     for words, one in rows:
-        measure(words, one, given, bench, results)
+        measure(words, one, given, bench, results, here)
     failed = [entry["name"] for entry in results.rows if not entry["passed"]]
     print(f"{len(failed)} of {len(results.rows)} rows are apart by more than {APART:.0%}", *failed, sep="\n  ")
     sys.exit(bool(failed))
