@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['logger', 'PROCESS_STATUS', 'NOT_VERIFIED', 'PICTURE', 'MUST_AGREE', 'ExportSink', 'export_config', 'write_side_files',
-           'ExportedModel', 'peak_memory_mib', 'verdict', 'make_report', 'to_yaml', 'in_unicode', 'write_export',
-           'draw_suppression', 'prove', 'verdict_writer', 'kept_complete', 'plan_of_model', 'hand_over', 'changed_keys',
-           'side_of_model', 'check_source', 'export_model', 'trusting', 'adopt_marked']
+           'side_digests', 'ExportedModel', 'peak_memory_mib', 'verdict', 'make_report', 'to_yaml', 'in_unicode',
+           'write_export', 'draw_suppression', 'prove', 'verdict_writer', 'kept_complete', 'plan_of_model', 'hand_over',
+           'changed_keys', 'side_of_model', 'check_source', 'export_model', 'trusting', 'adopt_marked']
 
 # %% ../nbs/export.ipynb #2e42f963
 import json, logging, os, platform, tempfile, time
@@ -23,7 +23,7 @@ import torch, yaml
 from torch import Tensor
 from . import __version__
 from .checkpoint.folders import REPORT
-from .checkpoint.side_files import AUTO_MAP, CODE, sort_side_files
+from .checkpoint.side_files import AUTO_MAP, CODE, compared_files, config_digest, file_digest, sort_side_files
 from .checkpoint.source import CheckpointSource, read_json
 from .checkpoint.writer import ExportWriter
 from .core.errors import LLMQuantError, ProofError, UsageError
@@ -93,6 +93,15 @@ def write_side_files(
     for reason in dict.fromkeys(left.values()):
         logger.info("left out of the export: %s (%s)", ", ".join(n for n, why in left.items() if why == reason), reason)
     return left
+
+# %% ../nbs/export.ipynb #09d02b5a
+def side_digests(
+    writer:ExportWriter, # With config.json and the side files in its folder
+) -> dict[str, str]:     # Name of a file, and its SHA-256
+    "What `verify` compares later."
+    with writer.guarded():
+        return {"config.json": config_digest(read_json(writer.folder/"config.json")),
+                **{name: file_digest(path) for name, path in compared_files(writer.folder).items()}}
 
 # %% ../nbs/export.ipynb #79349a03
 class ExportedModel:
@@ -206,6 +215,7 @@ def write_export(
             seconds[kind] = round(seconds[kind] + more, 3)
         report = make_report(plan, results, promises_step, {**facts, "seconds": seconds} | ({"left_out": left_out} if left_out else {}))
         if sink.edited: report["proof"]["edited"] = dict(sink.edited)
+        report["proof"]["side_files"] = side_digests(writer)
         writer.write_text(REPORT, to_yaml(report))
         draw_suppression(writer, report)
         writer.finish()

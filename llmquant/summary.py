@@ -142,7 +142,7 @@ def memory_text(
     return f"\npeak memory, predicted: {mib(sum(-(-size >> 20 << 20) for size in parts.values()))}\n" + aligned(rows, 2)
 
 # %% ../nbs/summary.ipynb #b0e5dff4
-MACHINES = ("digests", "edited", "promises_step")
+MACHINES = ("digests", "edited", "promises_step", "side_files")
 DETAILS = ("kernels", "attention", "text", "max_kl", "top1_agreement", "positions", "judged", "own_bfloat16_noise",
            "linears", "linear_error_without_grid", "device", "version")
 

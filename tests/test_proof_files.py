@@ -1,4 +1,5 @@
 """The part of the proof that needs no vLLM: what stands beside the weights, wrong references, damaged files."""
+import hashlib
 import json
 import re
 import shutil
@@ -6,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import tiny_tokenizer
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
@@ -91,9 +93,93 @@ def test_config_lacks_a_key_or_differs_below(folder, tmp_path):
 
 
 def test_config_keys_that_may_differ(folder, tmp_path):
-    values = dict(dtype="bfloat16", _name_or_path="x", transformers_version="1")
-    export = edited(folder/"awq", tmp_path/"a", edit=lambda config: config.update(values))
+    "What transformers notes about itself; in an export of old, without digests of files, the dtype as well."
+    notes = dict(_name_or_path="x", transformers_version="1")
+    export = edited(folder/"awq", tmp_path/"a", edit=lambda config: config.update(notes))
     assert proof.verify(export, folder/"base")["files"]["layers"] == 14
+    export = edited(folder/"awq", tmp_path/"b", edit=lambda config: config.update(dtype="bfloat16"))
+    for reference in (None, folder/"base"): assert "config.json: changed" in message(ProofError, export, reference)
+    export = edited(export, tmp_path/"c", REPORT, lambda report: report["proof"].pop("side_files"))
+    found = proof.verify(export, folder/"base")["files"]
+    assert found["layers"] == 14 and "holds no digests" in found["side_files"]
+
+
+@pytest.fixture(scope="module")
+def with_files(folder):
+    "An export with all kinds of files beside its weights."
+    base = shutil.copytree(folder/"base", folder/"with_files_base")
+    tiny_tokenizer.save(base)
+    files = {"chat_template.jinja": "{{ messages }}", "templates/tool.jinja": "{{ tools }}", "README.md": "# A model",
+             "\udce1.txt": "a name that is no UTF-8"}
+    for name, text in files.items():
+        (base/name).parent.mkdir(exist_ok=True)
+        (base/name).write_text(text)
+    quantize(base, folder/"with_files", bits=4, group_size=32)
+    return folder/"with_files"
+
+
+def test_the_report_has_a_digest_of_each_file(with_files):
+    "Of all that readers load, but the weights; the command line shows how many."
+    export = with_files
+    files = {p.relative_to(export): p for p in export.rglob("*") if p.is_file() and "safetensors" not in p.name}
+    known = yaml.safe_load((export/REPORT).read_bytes())["proof"]["side_files"]
+    spelled = {str(name).replace("\udce1", "\\udce1"): path for name, path in files.items()}
+    assert set(known) == {*spelled} - {REPORT, "README.md"} and len(known) >= 7
+    for name in {*known} - {"config.json"}:
+        assert known[name] == hashlib.sha256(spelled[name].read_bytes()).hexdigest()
+    assert proof.verify(export)["files"]["side_files"] == len(known)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json",
+                                  "vllm_config.json", "chat_template.jinja", "templates/tool.jinja", "\udce1.txt"])
+def test_files_beside_the_weights_that_changed_or_went(name, with_files, tmp_path, capsys):
+    "One byte more or a missing file is named, with and without a reference, and by the command line."
+    export, shown = shutil.copytree(with_files, tmp_path/"e"), name.replace("\udce1", "\\udce1")
+    base = with_files.parent/"with_files_base"
+    with open(export/name, "ab") as file: file.write(b" ")
+    for reference in (None, base):
+        assert message(ProofError, export, reference).startswith(f"{shown}: changed since the export was written")
+    (export/name).unlink()
+    assert message(ProofError, export).startswith(f"{shown}: missing, and written with the export")
+    assert main(["verify", str(export), "--reference", str(base)]) == 1
+    assert f"{shown}: missing" in capsys.readouterr().err
+
+
+def test_while_a_run_still_has_its_journal(with_files, tmp_path, monkeypatch):
+    "A verification before the folder gets its name counts the same files, and no others."
+    monkeypatch.setattr("llmquant.pipeline.require_vllm", lambda: None)
+    monkeypatch.setattr(proof, "vllm_installed", lambda: True)
+    monkeypatch.setattr(proof, "check_vllm", lambda export, *_: {"journal": (export/"journal").is_dir()})
+    text = {"calibration.num_samples": 2, "calibration.max_length": 32}
+    report = quantize(with_files.parent/"with_files_base", tmp_path/"out", method="gptq", bits=4, group_size=32,
+                      verify=True, **text)
+    assert report["proof"]["vllm"] == {"journal": True} and "added_later" not in report["proof"]["files"]
+    assert report["proof"]["files"]["side_files"] == len(report["proof"]["side_files"]) >= 7
+
+
+@pytest.mark.parametrize("change", [
+    lambda c: c.update(max_position_embeddings=8), lambda c: c.pop("eos_token_id"), lambda c: c.update(more=1),
+    lambda c: c["quantization_config"].update(more=1), lambda c: c["rope_parameters"].update(rope_theta=5.0)])
+def test_values_of_config_json_that_changed(change, with_files, tmp_path):
+    "Without a reference; another layout of the same values is the same."
+    same = edited(with_files, tmp_path/"same")
+    assert (same/"config.json").read_bytes() != (with_files/"config.json").read_bytes()
+    assert proof.verify(same)["files"]["layers"] == 14
+    assert message(ProofError, edited(same, tmp_path/"e", edit=change)).startswith("config.json: changed since")
+
+
+def test_exports_without_digests_of_files_and_files_added_later(with_files, tmp_path, capsys):
+    "An older export passes and says what was not compared; what was added is named, a model card may be edited."
+    old = edited(with_files, tmp_path/"old", REPORT, lambda report: report["proof"].pop("side_files"))
+    (old/"tokenizer.json").write_text("{}")
+    assert main(["verify", str(old), "--reference", str(with_files.parent/"with_files_base")]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "side_files" in line]
+    assert len(lines) == 1 and "not compared, the report of this older export holds no digests" in lines[0]
+    more = shutil.copytree(with_files, tmp_path/"more")
+    (more/"README.md").write_text("# Edited")
+    assert "added_later" not in proof.verify(more)["files"]
+    (more/"added.jinja").write_text("{{ 1 }}")
+    assert proof.verify(more)["files"]["added_later"] == ["added.jinja"]
 
 
 @pytest.mark.parametrize("name", ["compressed_tensors", "awq", "gptq"])

@@ -58,6 +58,9 @@ def report_objection(report,  # as parsed
     edited = proof.get("edited") or {}
     if not isinstance(edited, dict) or not all(isinstance(part, str) for item in edited.items() for part in item):
         return "proof.edited must be a mapping from tensors to digests"
+    beside = proof.get("side_files", {})
+    if not isinstance(beside, dict) or not all(isinstance(part, str) for item in beside.items() for part in item):
+        return "proof.side_files must be a mapping from files to digests"
     recipe = report.get("recipe")
     return "" if recipe is None or isinstance(recipe, dict) else "recipe must be a mapping"
 
