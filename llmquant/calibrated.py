@@ -34,6 +34,7 @@ from .core.text_config import fact
 from .core.walk import LayerResult, with_words
 from .utils.config import Recipe, recipe_to_dict
 from .utils.logging import progress
+from .utils.recipe_keys import KEYS
 
 logger = logging.getLogger(__name__)
 
@@ -207,8 +208,7 @@ def check_pairs(
                      "smoothing_pairs names them")
 
 # %% ../nbs/calibrated.ipynb #7be61236
-WITHOUT_EFFECT = ("output_path", "model_path", "overwrite", "verify", "resume", "verbose", "quiet", "max_memory",
-                  "device_map")
+WITHOUT_EFFECT = tuple(key.name for key in KEYS if not key.shapes)
 
 def identity(
     recipe:Recipe,            # What to do

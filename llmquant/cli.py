@@ -73,7 +73,7 @@ def _add_recipe_flags(
         elif key.flag and key.type is bool:
             parser.add_argument(key.flag, action=_Switch, **shared)
         elif key.flag: parser.add_argument(key.flag, metavar=key.name.rpartition(".")[2].upper(), **shared)
-    parser.add_argument("--config", metavar="YAML", help="recipe file; the command line overrides it")
+    parser.add_argument("--config", metavar="YAML", help="recipe file, or the report of an export; the command line overrides it")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], dest="assignments",
                         help="any key of a recipe file, such as quantization.minmax.symmetric=true")
 

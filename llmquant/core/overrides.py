@@ -39,7 +39,7 @@ class Override:
 
     def to_dict(self) -> dict[str, Any]:
         "What was given, as plain values."
-        own = self.activations.to_dict() if self.activations else 16 if self.activations is False else None
+        own = self.activations.to_keys() if self.activations else 16 if self.activations is False else None
         return {key: value for key, value in {**asdict(self), "activations": own}.items() if value is not None}
 
 # %% ../../nbs/core/overrides.ipynb #853334bd

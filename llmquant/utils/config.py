@@ -6,7 +6,7 @@
 __all__ = ['logger', 'options_of', 'Recipe', 'recipe_to_dict', 'resolve', 'check_document']
 
 # %% ../../nbs/utils/config.ipynb #c1313836
-import logging
+import logging, re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,8 @@ from ..core.activation_scheme import ActivationScheme
 from ..core.outlier_suppression_registry import OutlierSuppressionRegistry
 from ..core.quantizer_registry import BaseQuantizer, QuantizerRegistry
 from .recipe_keys import BY_NAME, BY_PATH, KEYS
-from .settings import Setting, argument_settings, document_settings, merge_activations, unknown_key
+from .settings import (Setting, argument_settings, document_settings, merge_activations, recipe_of_report,
+                                     unknown_key)
 from .yaml_file import read_yaml
 
 logger = logging.getLogger(__name__)
@@ -273,7 +274,8 @@ def recipe_to_dict(
 ) -> dict[str, dict[str, Any]]: # {key: {"value": plain YAML value, "from": origin}}
     "A recipe for the report: every value and where it came from."
     def plain(found):
-        if isinstance(found, (Override, ActivationScheme)): return found.to_dict()
+        if isinstance(found, Override): return found.to_dict()
+        if isinstance(found, ActivationScheme): return found.to_keys()
         return [plain(item) for item in found] if isinstance(found, tuple) else found
     def value(key):
         head, _, tail = key.partition(".")
@@ -281,6 +283,18 @@ def recipe_to_dict(
     return {key: {"value": value(key), "from": origin} for key, origin in recipe.origins.items()}
 
 # %% ../../nbs/utils/config.ipynb #831a2d4c
+def _at_item(
+    message:str,             # About a key of a file
+    lines:Mapping[str, int], # Line of each key and list item
+    source:str,              # The file's name
+) -> str:
+    "The message with the line of the item that it names, where that is part of a list."
+    def at(found):
+        path = found[1]
+        while path and path not in lines: path = re.sub(r"(\.\w*|\[\d+\]|^\w+)$", "", path)
+        return f"{source}:{lines[path]}: {found[1]}" if path else found[0]
+    return re.sub(rf"{re.escape(source)}:\d+: ([\w.]+\[\d+\][\w.\[\]]*)", at, message) if source else message
+
 def resolve(
     command_line:Mapping[str, Any]|None=None,  # By name (bits) or dotted path; None counts as not given
     config_path:str|Path|None=None,            # A YAML file
@@ -293,7 +307,13 @@ def resolve(
     if not isinstance(config, Mapping|None): raise UsageError(f"config is {type(config).__name__}, must be a mapping")
     document, lines = read_yaml(config_path) if config_path is not None else (config or {}, {})
     source, file = (str(config_path), f"file {config_path}") if config_path is not None else ("", "config")
-    given = argument_settings(command_line or {}, origin) + document_settings(document, file, lines, source)
+    if "llmquant" in document: document, lines = recipe_of_report(document, lines, source or "config")
+    try: return _resolve(command_line or {}, origin, document, file, lines, source)
+    except UsageError as error: raise UsageError(_at_item(str(error), lines, source)) from None
+
+def _resolve(said:Mapping, origin:str, document:Mapping, file:str, lines:Mapping[str, int], source:str) -> Recipe:
+    "`resolve`, from what the command line and a document say."
+    given = argument_settings(said, origin) + document_settings(document, file, lines, source)
     settings = merge_activations(given)
     values, won = _recipe_values(settings)
     _look_up(QuantizerRegistry.get, values["method"], _where(won, "method"))

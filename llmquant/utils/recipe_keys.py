@@ -24,6 +24,7 @@ class Key(Option):
     path: str = ""                  # Its dotted path in YAML; empty when it belongs to the command line alone
     flag: str = ""                  # Its flag; empty when it stands in files alone
     read: Callable|None = None      # Reads a value with a shape of its own: read(value, where)
+    shapes: bool = True             # Whether the export depends on it; the rest concerns a single run
 
     def check(self,
         value:Any,   # What was given
@@ -211,11 +212,12 @@ _QUANTIZATION = (
 # %% ../../nbs/utils/recipe_keys.ipynb #e4453ac1
 _MODEL = (
     Key("trust_remote_code", bool, False, "run Python code that comes with the checkpoint"),
-    Key("device_map", str, "auto", "where to compute: auto, cpu, cuda or cuda:N", flag="--device", read=read_device),
+    Key("device_map", str, "auto", "where to compute: auto, cpu, cuda or cuda:N", flag="--device", read=read_device,
+        shapes=False),
     Key("torch_dtype", str, "auto", "type of the tensors that stay in float; auto keeps the checkpoint's",
         choices=("auto", "float16", "bfloat16", "float32"), flag="--torch-dtype"),
     Key("max_memory", str, None, "the most memory that a run may use, such as 8GiB; null or none for no ceiling",
-        flag="--max-memory", read=read_memory))
+        flag="--max-memory", read=read_memory, shapes=False))
 _CALIBRATION = (
     Key("dataset", str, None, "calibration text: a file, a hub name, self, or a list of {dataset, weight, column}; "
         "null for a text that comes along, and for methods that need none",
@@ -235,15 +237,17 @@ _OUTPUT = (
     Key("container", str, "auto", "2- and 3-bit codes as a dense stream or in 4-bit slots",
         choices=("auto", "dense", "int4"), flag="--container"),
     Key("max_shard_size", str, 5 * 10**9, "largest file, such as 5GB", flag="--max-shard-size", read=read_size),
-    Key("verify", bool, False, "prove the export before it takes its name", flag="--verify"),
-    Key("overwrite", bool, False, "replace an export that exists, and no other folder", flag="--overwrite"),
-    Key("resume", bool, True, "go on with a run of the same recipe that was stopped", flag="--resume"),
-    Key("quiet", bool, False, "say nothing that is not at least a warning: no progress, no summary", flag="--quiet"))
+    Key("verify", bool, False, "prove the export before it takes its name", flag="--verify", shapes=False),
+    Key("overwrite", bool, False, "replace an export that exists, and no other folder", flag="--overwrite", shapes=False),
+    Key("resume", bool, True, "go on with a run of the same recipe that was stopped", flag="--resume",
+        shapes=False),
+    Key("quiet", bool, False, "say nothing that is not at least a warning: no progress, no summary", flag="--quiet",
+        shapes=False))
 _COMMAND_LINE = (
     Key("model_path", str, None, "checkpoint folder, GGUF file or hub name (org/name, org/name@revision)",
-        flag="--model-path"),
-    Key("output_path", str, None, "folder to write", flag="--output-path"),
-    Key("verbose", bool, False, "debug logging", flag="--verbose"))
+        flag="--model-path", shapes=False),
+    Key("output_path", str, None, "folder to write", flag="--output-path", shapes=False),
+    Key("verbose", bool, False, "debug logging", flag="--verbose", shapes=False))
 
 # %% ../../nbs/utils/recipe_keys.ipynb #c8864580
 SECTIONS = {"quantization": _QUANTIZATION, "model": _MODEL, "calibration": _CALIBRATION, "output": _OUTPUT}

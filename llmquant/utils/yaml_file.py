@@ -33,8 +33,8 @@ DEPTH, VALUES = 50, 100_000 # a recipe has four levels and some dozens of values
 def _lines(
     node:yaml.Node,   # A node of the parsed tree
     path:str="",      # The dotted path that leads to it
-) -> dict[str, int]:  # Dotted path of every key below, to its line, counted from 1
-    "Where each key stands; a repeated key is an error."
+) -> dict[str, int]:  # Path of every key and list item below, to its line, counted from 1
+    "Where each key and each item of a list stands; a repeated key is an error."
     lines, mappings, seen = {}, [(node, path, ())], 0
     while mappings:
         node, path, above = mappings.pop()
@@ -45,6 +45,7 @@ def _lines(
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
         if isinstance(node, yaml.SequenceNode):
             mappings += [(item, f"{path}[{i}]", (*above, node)) for i, item in enumerate(node.value)]
+            lines |= {f"{path}[{i}]": item.start_mark.line + 1 for i, item in enumerate(node.value)}
         if not isinstance(node, yaml.MappingNode): continue
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode) or key.tag.rpartition(":")[2] not in ("str", "merge"):
@@ -72,7 +73,7 @@ def _one_line(
 def parse_yaml(
     text:str,                       # YAML
     source:str,                     # Where it comes from, for messages
-) -> tuple[Any, dict[str, int]]:    # The value, None when there is nothing in it, and the line of every dotted key
+) -> tuple[Any, dict[str, int]]:    # The value, None when there is nothing in it, and each key's line, as `_lines` gives it
     "Parse YAML; every mistake is a `UsageError` of one line."
     try:
         loader = _Loader(text)
@@ -86,9 +87,20 @@ def parse_yaml(
         raise UsageError(f"{source}: nested too deeply; a recipe has four levels") from None
 
 # %% ../../nbs/utils/yaml_file.ipynb #5bd408d1
+def _recipe_part(
+    text:str, # Of a file
+) -> str:     # As many lines
+    "Of a report's text the version and the recipe; any other text as it is."
+    if not re.search("^llmquant:", text, re.M): return text
+    kept, keep = [], False
+    for line in text.split("\n"):
+        if line[:1].isalpha(): keep = line.startswith(("llmquant:", "recipe:"))
+        kept.append(line if keep else "")
+    return "\n".join(kept)
+
 def read_yaml(
     path:str|Path,                # A YAML file in UTF-8
-) -> tuple[dict, dict[str, int]]: # Its mapping, and the line of every dotted key
+) -> tuple[dict, dict[str, int]]: # Its mapping, and each key's line, as `_lines` gives it
     "Read a YAML file whose top level is a mapping."
     try: text = Path(path).read_bytes().decode("utf-8-sig")
     except OSError as error: raise UsageError(f"{path}: {error.strerror}; give a YAML file that can be read") from None
@@ -96,7 +108,7 @@ def read_yaml(
         raise UsageError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
     except ValueError as error: # a zero byte
         raise UsageError(f"{path!r}: is no path ({error}); give a YAML file") from None
-    document, lines = parse_yaml(text, str(path))
+    document, lines = parse_yaml(_recipe_part(text), str(path))
     if document is None: return {}, {}
     if not isinstance(document, dict):
         raise UsageError(f"{path}: the top level is {type(document).__name__}, must be a mapping "
