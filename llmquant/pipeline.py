@@ -20,7 +20,7 @@ from .calibrated import calibrated_carry, calibration_of, data_free_need, identi
 from .calibration.data import CalibrationData
 from .core.block_source import pick_device
 from .checkpoint.folders import checked_output, refuse_overlap
-from .checkpoint.source import CheckpointSource, open_any, open_checkpoint
+from .checkpoint.source import CheckpointSource, open_checkpoint, open_for_info
 from .core.errors import UsageError
 from .core.in_memory import adopt, configured, is_adopted
 from .core.memory import MemoryNeed, tight_memory
@@ -271,7 +271,7 @@ def info(
     path:str|Path, # A checkpoint or an export
 ) -> dict:         # Plain values
     "What a checkpoint is: architecture, size, dtype, quantization."
-    with closing(open_any(path)) as source:
+    with closing(open_for_info(path)) as source:
         config = source.config
         quantization = config.get("quantization_config") or {}
         text = text_config(config)

@@ -18,7 +18,7 @@ from fastcore.basics import patch
 
 from .gguf import GGUFHeader, read_gguf_tensor
 from .gguf_config import (
-    ROPE_TENSORS, as_a_whole, check_keys, read_config, rope_scaling, shortest, with_rope)
+    ROPE_TENSORS, as_a_whole, check_keys, read_gguf_config, rope_scaling, shortest, with_rope)
 from ..core.errors import UsageError, library_errors, one_line
 from ..models.sites import check_counts
 from ..models.skeleton import checkpoint_names, on_disk
@@ -133,7 +133,7 @@ class GGUFModel:
         folder:Path, # for files that are needed on the way
     ):
         import transformers
-        self.header, self.config = header, read_config(header, folder)
+        self.header, self.config = header, read_gguf_config(header, folder)
         self.whole = as_a_whole(header.architecture) # transformers must convert the whole model
         if not self.whole: check_keys(header, self.config)
         check_counts(self.config.to_dict(), {name: tensor.shape for name, tensor in header.tensors.items()})

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SINGLE', 'INDEX', 'logger', 'DEPTH', 'SIZES', 'SCALES', 'read_json', 'is_deep', 'read_model_config', 'main_dtype',
            'CheckpointSource', 'write_whole', 'fingerprint', 'GGUFSource', 'commit_of', 'find_coded', 'open_checkpoint',
-           'open_any']
+           'open_for_info']
 
 # %% ../../nbs/checkpoint/source.ipynb #b0d39096
 import hashlib
@@ -511,7 +511,7 @@ def open_checkpoint(
     return source
 
 # %% ../../nbs/checkpoint/source.ipynb #51d0aa3e
-def open_any(
+def open_for_info(
     path, # folder of a checkpoint or an export, .gguf file or its folder
 )->CheckpointSource: # whatever its weights are
     "Open a model that is only looked at."

@@ -19,11 +19,12 @@ from types import MappingProxyType
 import numpy as np
 import torch
 
+from ..checkpoint.folders import REPORT
 from ..checkpoint.side_files import compared_files, config_digest, file_digest
 from ..checkpoint.source import CheckpointSource, open_checkpoint, read_json
 from ..core.errors import LLMQuantError, ProofError, UsageError
 from ..core.qtensor import raw_bytes
-from .proof_config import REPORT, check_config, check_quantization, check_width, read_report
+from .proof_config import check_config, check_quantization, check_width, read_report
 from .served_check import check_vllm
 from .vllm_check import vllm_installed
 from ..formats.unpackers import read_safetensors, unpack_layer
