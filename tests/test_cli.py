@@ -1,6 +1,7 @@
 "The front door: the guide's YAML and commands as they stand, bad input, exit status. No model is needed here."
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -204,11 +205,41 @@ def test_supported_bits_is_a_value_error():
     assert resolve({"bits": 16}).bits == 16
 
 
-def test_committed_config(tmp_path):
-    "configs/minmax_config.yaml is the guide's block."
-    path = ROOT / "configs" / "minmax_config.yaml"
-    assert path.read_text(encoding="utf-8").strip() == MINMAX.strip()
-    assert resolve(config_path=path).bits == 8
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+CHINESE = re.compile("[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]")
+
+
+def test_committed_configs_are_the_guides():
+    "Every line of the guide's blocks stands in our files, in its order; what is more are comments."
+    for name, block in {"minmax": MINMAX, "hqq": HQQ}.items():
+        lines = (ROOT / "configs" / f"{name}_config.yaml").read_text(encoding="utf-8").splitlines()
+        more = list(lines)
+        for line in block.strip().splitlines():
+            assert line in lines, line
+            more.remove(line)
+        assert all(line.lstrip().startswith("#") for line in more), more
+        assert [line for line in lines if line in block.splitlines()] == block.strip().splitlines()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_committed_config_is_read_and_commented_in_english(path):
+    "Each value that PyYAML reads arrives; whoever reads no Chinese finds a line in English above each that is."
+    sections, found = yaml.safe_load(path.read_text(encoding="utf-8")), resolve(config_path=path)
+    for section, values in sections.items():
+        for key, value in values.items():
+            if isinstance(value, dict) or value == "pass": continue
+            got = found.calibration[key] if section == "calibration" else getattr(found, key)
+            assert got == value or key == "outlier_suppression" and list(got) == (value.split(",") if value else []), key
+    for name, value in (sections["quantization"].get(found.method) or {}).items() if found.method != "hqq" else ():
+        own, wanted = {"sym": ("symmetric", value), "zero_point": ("symmetric", not value)}.get(name, (name, value))
+        assert found.options[own] == wanted, name
+    for name in found.outlier_suppression:
+        for option, value in sections["quantization"][name].items():
+            assert found.suppressor_options[f"{name}.{option}"] == value, option
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for above, line in zip(["", *lines], lines):
+        if CHINESE.search(line): assert above.lstrip().startswith("# ") and not CHINESE.search(above), line
+    assert lines[0].startswith("# ")
 
 
 BAD = {
