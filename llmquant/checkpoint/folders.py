@@ -223,52 +223,69 @@ def failed_name(
         target = output.with_name(f"{output.name}.failed{f'-{number}' if number > 1 else ''}")
         if not os.path.lexists(target) or (holds_export(target) and not target.is_symlink()): return target
 
-# %% ../../nbs/checkpoint/folders.ipynb #e97306ad
+# %% ../../nbs/checkpoint/folders.ipynb #c75211de
 class ExportFolder(PartialFolder):
     "A partial folder with the small files of an export, and its two ends."
-    def write_text(self, name:str, text:str):
+    def write_text(self,
+        name:str, # of the file, in the folder
+        text:str, # its content
+    ):
         "Write a text file in UTF-8."
         with self.guarded(): (self.folder / name).write_text(text, encoding="utf-8")
 
-    def write_json(self, name:str, obj):
+    def write_json(self,
+        name:str, # of the file, in the folder
+        obj, # plain values
+    ):
         "Write a JSON file, keys in the order given."
         self.write_text(name, json.dumps(obj, indent=2, ensure_ascii=False) + "\n")
 
-    def copy_side_files(self, paths:list, root=None):
+    def copy_side_files(self,
+        paths:list, # of files
+        root=None, # their names below it are kept, see `copy_files`
+    ):
         "Copy files byte for byte, see `copy_files`."
         with self.guarded(): copy_files(paths, self.folder, root)
 
-    def publish(self):
-        "Put the folder into place; an older one goes only when the new one is there."
-        with self.guarded(): self._move(self.output, self.overwrite) # somebody may have filled it meanwhile
+# %% ../../nbs/checkpoint/folders.ipynb #e6fceed2
+@patch
+def publish(self:ExportFolder):
+    "Put the folder into place; an older one goes only when the new one is there."
+    with self.guarded(): self._move(self.output, self.overwrite) # somebody may have filled it meanwhile
 
-    def reject(self):
-        "Leave the folder under OUT.failed, for whoever wants to know why; a failed export there is replaced."
-        with self.guarded(): self._move(failed_name(self.output), True)
+@patch
+def reject(self:ExportFolder):
+    "Leave the folder under OUT.failed, for whoever wants to know why; a failed export there is replaced."
+    with self.guarded(): self._move(failed_name(self.output), True)
 
-    def _move(self, target:Path, overwrite:bool):
-        flush(self.folder)
-        with self._journal_aside() as run:
-            replace_folder(self.folder, target, beside(target, "old", run) if overwrite else None)
-            self.folder, self._open = target, False
-        flush_one(target.parent)
+@patch
+def _move(self:ExportFolder, target:Path, overwrite:bool):
+    "Rename the folder to its final name, and delete the journal when that is done."
+    flush(self.folder)
+    with self._journal_aside() as run:
+        replace_folder(self.folder, target, beside(target, "old", run) if overwrite else None)
+        self.folder, self._open = target, False
+    flush_one(target.parent)
 
-    def _keep_complete(self)->str: # for people
-        "Leave a complete export under OUT.failed, or where it is when the disk refuses even that."
-        while self._open:
-            try: self._move(failed_name(self.output), True)
-            except UsageError: continue # somebody took that name meanwhile
-            except OSError: return self._keep_here()
-        return f"the export is complete and lies in {self.folder}"
+# %% ../../nbs/checkpoint/folders.ipynb #b7da1fbe
+@patch
+def _keep_complete(self:ExportFolder)->str: # for people
+    "Leave a complete export under OUT.failed, or where it is when the disk refuses even that."
+    while self._open:
+        try: self._move(failed_name(self.output), True)
+        except UsageError: continue # somebody took that name meanwhile
+        except OSError: return self._keep_here()
+    return f"the export is complete and lies in {self.folder}"
 
-    def _keep_here(self)->str: # for people
-        "A folder without a journal is nobody's unfinished run, so no later run deletes it."
-        self._open, moved = False, ""
-        try: self.journal.remove()
-        except OSError:
-            self.journal.close()
-            moved = "; move it before the next run, which would take it for an unfinished one"
-        return f"the export is complete and lies in {self.folder}{moved}"
+@patch
+def _keep_here(self:ExportFolder)->str: # for people
+    "A folder without a journal is nobody's unfinished run, so no later run deletes it."
+    self._open, moved = False, ""
+    try: self.journal.remove()
+    except OSError:
+        self.journal.close()
+        moved = "; move it before the next run, which would take it for an unfinished one"
+    return f"the export is complete and lies in {self.folder}{moved}"
 
 # %% ../../nbs/checkpoint/folders.ipynb #59ca6b77
 @patch

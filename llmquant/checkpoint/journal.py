@@ -87,7 +87,7 @@ def read_blocks(
                          "--no-resume")
     return blocks, sum(len(line) + 1 for line in lines)
 
-# %% ../../nbs/checkpoint/journal.ipynb #149ee761
+# %% ../../nbs/checkpoint/journal.ipynb #3c0df913
 JOURNAL = "journal"
 IDENTITY, BLOCKS = "identity.json", "blocks.jsonl"
 
@@ -112,27 +112,38 @@ class Journal:
         "Tensors that were on the disk when the last block was finished."
         return {name for block in self.blocks for name in block["tensors"]}
 
-    def note(self, name:str):
-        "A tensor was written; the next line will say so."
-        self._wrote.add(name)
+# %% ../../nbs/checkpoint/journal.ipynb #b986d132
+@patch
+def note(self:Journal,
+    name:str, # of the tensor
+):
+    "A tensor was written; the next line will say so."
+    self._wrote.add(name)
 
-    def move(self, place:Path):
-        "Rename the journal's folder; the lock stays."
-        os.rename(self.place, place)
-        self.place = place
+@patch
+def move(self:Journal,
+    place:Path, # new path of the folder
+):
+    "Rename the journal's folder; the lock stays."
+    os.rename(self.place, place)
+    self.place = place
 
-    def rename(self, partial:Path):
-        "Rename the run's folder; the lock stays."
-        os.rename(self.partial, partial)
-        self.partial, self.place = partial, partial / JOURNAL
+@patch
+def rename(self:Journal,
+    partial:Path, # new path of the folder
+):
+    "Rename the run's folder; the lock stays."
+    os.rename(self.partial, partial)
+    self.partial, self.place = partial, partial / JOURNAL
 
-    def close(self):
-        "Let another run have it."
-        if not self._lock.is_locked: return
-        self._lock.release()
-        owner = Path(self._lock.lock_file)
-        if self._named_owner and owner.parent != self.place: # it moved with the folder
-            (self.place / owner.name).unlink(missing_ok=True)
+@patch
+def close(self:Journal):
+    "Let another run have it."
+    if not self._lock.is_locked: return
+    self._lock.release()
+    owner = Path(self._lock.lock_file)
+    if self._named_owner and owner.parent != self.place: # it moved with the folder
+        (self.place / owner.name).unlink(missing_ok=True)
 
 # %% ../../nbs/checkpoint/journal.ipynb #d454e275
 @patch(cls_method=True)

@@ -43,7 +43,7 @@ def multiplied(
         if scale.shape[dim] > 1 and along > 1: scale = scale.repeat_interleave(along, dim).narrow(dim, 0, size)
     return codes.to(torch.float32).mul_(scale)
 
-# %% ../../nbs/checkpoint/scaled.ipynb #945ecb90
+# %% ../../nbs/checkpoint/scaled.ipynb #6546c0b8
 _SCALE = ("_scale", "_scale_inv")
 _UNUSED = ("input_scale", "output_scale", "k_scale", "v_scale", "q_scale", "prob_scale")
 _PACKED = (".weight", "qweight", "_packed", "_blocks")
@@ -51,11 +51,11 @@ _PACKED = (".weight", "qweight", "_packed", "_blocks")
 @dataclass(frozen=True)
 class Scaled:
     "A tensor of float8 codes: where its scale lies, and which values share one."
-    scale: str
-    block: tuple # of int
+    scale: str # name of the tensor of scales
+    block: tuple # of int: how many values along each dimension
 
 def _is_float8(
-    info:TensorInfo,
+    info:TensorInfo, # of its header
 )->bool:
     "Whether a tensor holds floats of eight bits."
     return info.dtype.is_floating_point and info.dtype.itemsize == 1
@@ -67,6 +67,39 @@ def _scales_of(
     found = {name: [f"{name}{suffix}" for suffix in _SCALE if f"{name}{suffix}" in tensors] for name in tensors}
     return {name: scales for name, scales in found.items() if scales}
 
+def _short(
+    info:TensorInfo, # of its header
+)->str: # such as "bfloat16"
+    "A dtype for a message."
+    return str(info.dtype).removeprefix("torch.")
+
+# %% ../../nbs/checkpoint/scaled.ipynb #c8d3d33d
+def _one_scaled(
+    name:str, # of the tensor
+    scales:list, # names of those that are for it
+    beside:list, # all names in its module
+    tensors:dict, # name -> TensorInfo
+    where, # the checkpoint, for messages
+    known:tuple, # rows and columns of a block, where there are blocks
+)->Scaled:
+    "The scale of one tensor; `UsageError` when it is not known."
+    info = tensors[name]
+    what = f"{where}: tensor {name} holds {_short(info)} codes"
+    if len(scales) != 1:
+        raise UsageError(f"{what}, and {len(scales) or 'no'} scales lie beside it ({name}_scale or {name}_scale_inv, one "
+                         "of them, is needed to read it); give the unquantized checkpoint")
+    expected = {name, scales[0], f"{name.removesuffix('.weight')}.bias"}
+    if others := sorted(other for other in beside if other not in expected and not other.endswith(_UNUSED)):
+        raise UsageError(f"{what}, and {others[0]} lies beside it, which belongs to a format that is not read; give the "
+                         "unquantized checkpoint")
+    block = block_of_scale(tuple(info.shape), tuple(tensors[scales[0]].shape), known)
+    if not block:
+        raise UsageError(f"{what} of shape {list(info.shape)}, and its scale {scales[0]} has shape "
+                         f"{list(tensors[scales[0]].shape)}; a scale for all, for each row or for each block of "
+                         f"{' x '.join(map(str, known))} can be read, give the unquantized checkpoint")
+    return Scaled(scales[0], block)
+
+# %% ../../nbs/checkpoint/scaled.ipynb #e6a5deef
 def find_scaled(
     tensors:dict, # name -> TensorInfo
     where, # the checkpoint, for messages
@@ -89,31 +122,6 @@ def find_scaled(
             raise UsageError(f"{where}: tensor {name} holds integers ({_short(info)}), and config.json does not say what "
                              "they mean; give the unquantized checkpoint")
     return found
-
-# %% ../../nbs/checkpoint/scaled.ipynb #70fea517
-def _short(
-    info:TensorInfo,
-)->str: # such as "bfloat16"
-    "A dtype for a message."
-    return str(info.dtype).removeprefix("torch.")
-
-def _one_scaled(name:str, scales:list, beside:list, tensors:dict, where, known:tuple)->Scaled:
-    "The scale of one tensor; `UsageError` when it is not known."
-    info = tensors[name]
-    what = f"{where}: tensor {name} holds {_short(info)} codes"
-    if len(scales) != 1:
-        raise UsageError(f"{what}, and {len(scales) or 'no'} scales lie beside it ({name}_scale or {name}_scale_inv, one "
-                         "of them, is needed to read it); give the unquantized checkpoint")
-    expected = {name, scales[0], f"{name.removesuffix('.weight')}.bias"}
-    if others := sorted(other for other in beside if other not in expected and not other.endswith(_UNUSED)):
-        raise UsageError(f"{what}, and {others[0]} lies beside it, which belongs to a format that is not read; give the "
-                         "unquantized checkpoint")
-    block = block_of_scale(tuple(info.shape), tuple(tensors[scales[0]].shape), known)
-    if not block:
-        raise UsageError(f"{what} of shape {list(info.shape)}, and its scale {scales[0]} has shape "
-                         f"{list(tensors[scales[0]].shape)}; a scale for all, for each row or for each block of "
-                         f"{' x '.join(map(str, known))} can be read, give the unquantized checkpoint")
-    return Scaled(scales[0], block)
 
 # %% ../../nbs/checkpoint/scaled.ipynb #a50da6f5
 def without_scales(

@@ -138,7 +138,7 @@ def main_dtype(
     if not sizes: raise UsageError(f"{where}: holds no floating-point tensors; give a checkpoint with weights")
     return max(sizes, key=sizes.get)
 
-# %% ../../nbs/checkpoint/source.ipynb #9e6dcacb
+# %% ../../nbs/checkpoint/source.ipynb #fea91c9a
 class CheckpointSource:
     "A safetensors checkpoint: everything about it at once, its tensors one at a time."
     def __init__(self,
@@ -157,46 +157,6 @@ class CheckpointSource:
         self._files, self.digests = {}, None # a dictionary here gets the SHA-256 of each tensor that is read
         self.commit = None # of the hub, see `commit_of`
 
-    def tensor(self,
-        name:str, # one of `tensors`
-    )->torch.Tensor: # CPU, in the checkpoint's dtype; codes times scales come in float32
-        "Read one tensor."
-        stored = self.renamed.get(name, name)
-        tensor = self._noted(name, stored)
-        if stored not in self.scaled: return tensor
-        scale = self.scaled[stored].scale
-        return multiplied(tensor, self._noted(scale, scale), self.scaled[stored].block)
-
-    def _noted(self, name:str, stored:str)->torch.Tensor:
-        "One tensor as it is stored, and its digest where digests are wanted."
-        tensor = self._read(stored)
-        if self.digests is not None and name not in self.digests:
-            self.digests[name] = hashlib.sha256(as_bytes(tensor)).hexdigest()
-        return tensor
-
-    def _read(self, name:str)->torch.Tensor:
-        "One tensor from its shard."
-        info = self.stored[name]
-        if info.file not in self._files: self._files[info.file] = open_shard(self.path / info.file)
-        return read_tensor(self._files[info.file], info)
-
-    def conversion_bytes(self)->int:
-        "What must be held to convert the whole model before its first tensor can be read; nothing here."
-        return 0
-
-    def file_bytes(self)->int:
-        "The size on disk of the files that hold tensors."
-        return sum(os.path.getsize(self.path / file) for file in {info.file for info in self.stored.values()})
-
-    def types(self)->str:
-        "The block types of a GGUF; nothing here."
-        return ""
-
-    def files(self)->list: # of Path
-        "What must stay while this is read: the folder, what was given, each shard and each side file."
-        shards = {info.file for info in self.stored.values()}
-        return [self.path, Path(self.origin), *(self.path / file for file in sorted(shards)), *self.side_files]
-
     def close(self):
         "Close the shards; a later read opens them again."
         for file in self._files.values(): file.close()
@@ -206,7 +166,56 @@ class CheckpointSource:
     def __enter__(self): return self
     def __exit__(self, *error): self.close()
 
-# %% ../../nbs/checkpoint/source.ipynb #ab51eb33
+# %% ../../nbs/checkpoint/source.ipynb #650bf88d
+@patch
+def tensor(self:CheckpointSource,
+    name:str, # one of `tensors`
+)->torch.Tensor: # CPU, in the checkpoint's dtype; codes times scales come in float32
+    "Read one tensor."
+    stored = self.renamed.get(name, name)
+    tensor = self._noted(name, stored)
+    if stored not in self.scaled: return tensor
+    scale = self.scaled[stored].scale
+    return multiplied(tensor, self._noted(scale, scale), self.scaled[stored].block)
+
+@patch
+def _noted(self:CheckpointSource, name:str, stored:str)->torch.Tensor:
+    "One tensor as it is stored, and its digest where digests are wanted."
+    tensor = self._read(stored)
+    if self.digests is not None and name not in self.digests:
+        self.digests[name] = hashlib.sha256(as_bytes(tensor)).hexdigest()
+    return tensor
+
+@patch
+def _read(self:CheckpointSource, name:str)->torch.Tensor:
+    "One tensor from its shard."
+    info = self.stored[name]
+    if info.file not in self._files: self._files[info.file] = open_shard(self.path / info.file)
+    return read_tensor(self._files[info.file], info)
+
+# %% ../../nbs/checkpoint/source.ipynb #fe87ff97
+@patch
+def files(self:CheckpointSource)->list: # of Path
+    "What must stay while this is read: the folder, what was given, each shard and each side file."
+    shards = {info.file for info in self.stored.values()}
+    return [self.path, Path(self.origin), *(self.path / file for file in sorted(shards)), *self.side_files]
+
+@patch
+def file_bytes(self:CheckpointSource)->int:
+    "The size on disk of the files that hold tensors."
+    return sum(os.path.getsize(self.path / file) for file in {info.file for info in self.stored.values()})
+
+@patch
+def types(self:CheckpointSource)->str:
+    "The block types of a GGUF; nothing here."
+    return ""
+
+@patch
+def conversion_bytes(self:CheckpointSource)->int:
+    "What must be held to convert the whole model before its first tensor can be read; nothing here."
+    return 0
+
+# %% ../../nbs/checkpoint/source.ipynb #9972816b
 @patch
 def unscale_(self:CheckpointSource,
     block=None, # rows and columns of a block of scales, where config.json says it
@@ -221,6 +230,7 @@ def unscale_(self:CheckpointSource,
     logger.warning("%s: %d tensors hold float8 codes and are read as codes times scales; %d tensors of scales are left "
                    "out", self.origin, len(found), len(self.stored) - len(self.tensors))
 
+# %% ../../nbs/checkpoint/source.ipynb #c12da435
 @patch
 def rename_(self:CheckpointSource):
     "Present tensors that lie under older names as transformers names them."
@@ -233,6 +243,7 @@ def rename_(self:CheckpointSource):
     logger.warning("%s: %d tensors lie under older names (%s) and are written under those of transformers (%s)",
                    self.origin, len(found), stored, new)
 
+# %% ../../nbs/checkpoint/source.ipynb #612b21f1
 @patch
 def with_weights(self:CheckpointSource)->Path:
     "A folder that a library can load as a whole."
@@ -334,7 +345,7 @@ def close(self:GGUFSource):
     self._file = self._converted = None
     self._temporary.cleanup()
 
-# %% ../../nbs/checkpoint/source.ipynb #4be0c8d7
+# %% ../../nbs/checkpoint/source.ipynb #0f1afeb8
 @patch
 def _once(self:GGUFSource, what:str, write:Callable):
     "Write something into the temporary folder, the first time that it is wanted."
@@ -361,6 +372,7 @@ def _write_side_files(self:GGUFSource, folder:Path):
     if self.model.model.can_generate(): self.model.model.generation_config.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(self.config, indent=2), encoding="utf-8")
 
+# %% ../../nbs/checkpoint/source.ipynb #d2df42f1
 @patch
 def with_weights(self:GGUFSource)->Path:
     "The folder, with the unpacked weights in it."
