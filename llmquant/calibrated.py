@@ -277,10 +277,10 @@ def calibrated_carry(
     blocks = for_checkpoint(source, adapter, device, compute_dtype(device, source.dtype, edits))
     storage = Storage(source.dtype, None if need.in_files else "cpu" if device == "cpu" else device,
                       sink.writer.journal.place)
-    if journal.done: logger.info("going on at block %d of %d", len(journal.done), len(blocks))
+    if journal.done: logger.info("resuming at block %d of 0 to %d", len(journal.done), len(blocks) - 1)
     walk = begin(plan, quantizer, blocks, data.tokens, recipe.calibration["batch_size"], storage, journal.done,
                  suppressors)
-    shown, say = with_words(progress, description="quantizing", unit="block", interval=1)
+    shown, say = with_words(progress, description="quantizing", unit="block", interval=1, done=len(journal.done))
     def tell(index, results):
         log_layers(results)
         say(results)

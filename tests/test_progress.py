@@ -49,8 +49,30 @@ def test_lines_in_a_pipe(model, tmp_path):
     lines = done.stderr.splitlines()
     assert "\r" not in done.stderr and "%|" not in done.stderr, done.stderr
     assert all(re.match(r"\d\d:\d\d:\d\d INFO llmquant", line) for line in lines), lines
-    assert re.search(rf"writing calibration text token 32 of 32, {TIMES}", lines[1]), lines
-    assert re.search(rf"quantizing block 2 of 2, {TIMES}, {WORDS}$", lines[-1]), lines
+    assert re.search(rf"writing calibration text: 32 of 32 tokens done, {TIMES}", lines[1]), lines
+    assert re.search(rf"quantizing: 2 of 2 blocks done, {TIMES}, {WORDS}$", lines[-1]), lines
+
+
+def test_a_resumed_run_counts_on(tmp_path, monkeypatch, caplog):
+    "Blocks have numbers from 0, as --layers gives them; progress says how many of all are done."
+    from llmquant.core.decoder_walk import BlockWalk
+    path, out = tiny.make("llama", tmp_path / "model", layers=4), tmp_path / "out"
+    tiny_tokenizer.save(path)
+    keys = {"bits": 4, "group_size": 64, "calibration.num_samples": 2, "calibration.max_length": 32}
+    step = BlockWalk.step
+
+    def stopping(self, index, *rest):
+        if index == 3: raise KeyboardInterrupt
+        return step(self, index, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(BlockWalk, "step", stopping)
+        with pytest.raises(KeyboardInterrupt): quantize(path, out, "gptq", **keys)
+    with caplog.at_level("INFO", "llmquant"): report = quantize(path, out, "gptq", **keys)
+    assert "resuming at block 3 of 0 to 3" in caplog.messages and report["resumed"]["at_block"] == 3
+    done = [found[0] for message in caplog.messages if (found := re.search(r"quantizing: .* done", message))]
+    assert done == ["quantizing: 4 of 4 blocks done"], caplog.messages
+    assert any(re.search(r"4 blocks done.* 3\.\S+ error", message) for message in caplog.messages), caplog.messages
 
 
 def test_quiet(model, tmp_path, capfd):
@@ -67,7 +89,7 @@ def test_quiet(model, tmp_path, capfd):
         assert tuple(capfd.readouterr()) == ("", "")
         quantize(model, tmp_path / "out", bits=4, group_size=64, overwrite=True)
         last = capfd.readouterr().err.splitlines()[-1]
-    assert re.search(rf"quantizing tensor (\d+) of \1, {TIMES}, {WORDS}$", last), last
+    assert re.search(rf"quantizing: (\d+) of \1 tensors done, {TIMES}, {WORDS}$", last), last
 
 
 @contextmanager

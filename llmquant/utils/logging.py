@@ -46,12 +46,12 @@ def quieted(
 
 # %% ../../nbs/utils/logging.ipynb #2338be57
 logger = logging.getLogger("llmquant.progress")
-LINE = "{desc} {unit} {n_fmt} of {total_fmt}, {elapsed} elapsed, {remaining} left, {rate_fmt}{postfix}"
+LINE = "{desc}: {n_fmt} of {total_fmt} {unit}s done, {elapsed} elapsed, {remaining} left, {rate_fmt}{postfix}"
 
 class _Lines(terminal_bar):
     "A bar that is a message in the log from time to time."
     def display(self, msg=None, pos=None):
-        if msg is None and self.n: logger.info("%s", str(self).strip())
+        if msg is None and self.n > self.initial: logger.info("%s", str(self).strip(": "))
 
     def close(self):
         if not self.disable and self.n > self.last_print_n: self.display()
@@ -71,9 +71,9 @@ def _form() -> type|None: # A kind of bar, None for silence
     return terminal_bar if sys.stderr.isatty() else _Lines
 
 # %% ../../nbs/utils/logging.ipynb #15287990
-def _bar(form:type, total:int|None, description:str, unit:str, interval:float):
+def _bar(form:type, total:int|None, description:str, unit:str, interval:float, done:int):
     "An empty bar."
-    shared = dict(total=total, desc=description, unit=unit, smoothing=.1, disable=False)
+    shared = dict(total=total, desc=description, unit=unit, smoothing=.1, disable=False, initial=done)
     if form is not _Lines: return form(file=sys.stderr, dynamic_ncols=True, **shared)
     return form(file=io.StringIO(), bar_format=LINE, mininterval=interval, miniters=1, leave=False, **shared)
 
@@ -84,12 +84,13 @@ def progress(
     unit:str="layer",      # What an item is, for the rate
     state:Callable[[], str]|None=None, # What to say behind the bar, asked for whenever an item is done
     interval:float=30.,    # Seconds between two lines of a log; 0 for a line at each item
+    done:int=0,            # Items before these that an earlier run finished
 ) -> Iterator:             # The same items
     "Go through `iterable` with a bar or with lines on stderr, or in silence when nobody watches."
     form = _form()
     if form is None: return (yield from iterable)
-    if total is None and hasattr(iterable, "__len__"): total = len(iterable)
-    with _bar(form, total, description, unit, interval) as bar:
+    if total is None and hasattr(iterable, "__len__"): total = done + len(iterable)
+    with _bar(form, total, description, unit, interval, done) as bar:
         for item in iterable:
             yield item
             if state: bar.set_postfix_str(state(), refresh=False)
