@@ -136,11 +136,19 @@ def data_free_need(
     tensors = {name: (info.dtype, info.shape) for name, info in source.tensors.items()}
     return fit(predict_data_free(plan, tensors, edited, conversion_of(source)), recipe.max_memory)
 
-def conversion_of(source) -> int:
+def conversion_of(
+    source, # The model as it is read
+) -> int:
     "Bytes that it takes to convert a GGUF as a whole; 0 where nobody has to."
     return bare(source).conversion_bytes()
 
-def searching_of(plan:Plan, tensors:dict, adapter, config:dict, suppressors:tuple) -> int:
+def searching_of(
+    plan:Plan,         # What will be done
+    tensors:dict,      # Every tensor: name to (dtype, shape)
+    adapter,           # Of the model's family
+    config:dict,       # The parsed config.json
+    suppressors:tuple, # Configured
+) -> int:
     "Bytes that searches hold beside forward passes: for factors, and for static ranges of least squared error."
     pairs = ()
     if any(s.searches() for s in filter(is_blockwise, suppressors)):
@@ -180,7 +188,15 @@ def search_products(
         found += 2 * sum(prod(shape(name)) for name in inside) * tokens // 2 * (trials + 1)
     return found
 
-def tell_search(plan:Plan, tensors:dict, adapter, config:dict, suppressors:tuple, tokens:int, device:str):
+def tell_search(
+    plan:Plan,         # What will be done
+    tensors:dict,      # Every tensor: name to (dtype, shape)
+    adapter,           # Of the model's family
+    config:dict,       # The parsed config.json
+    suppressors:tuple, # Configured
+    tokens:int,        # Of the calibration text
+    device:str,        # That computes
+):
     "Say how long the suppressors' searches will take; nothing where none searches."
     searching = [s for s in suppressors if is_blockwise(s) and s.searches()]
     if not searching: return
@@ -251,7 +267,10 @@ class RunJournal:
         now = {"wall": perf_counter() - self.start[0], "cpu": process_time() - self.start[1]}
         return {kind: round(self.before.get(kind, 0) + value, 3) for kind, value in now.items()}
 
-    def finish_block(self, index:int, record:dict):
+    def finish_block(self,
+        index:int,   # Of the block
+        record:dict, # Plain values, see `record_of`
+    ):
         "Write a block down."
         read = {name: digest for name, digest in self.source.digests.items() if name not in self.known}
         self.known |= read
@@ -289,7 +308,9 @@ def calibrated_carry(
     warn_of_few(results)
     return results
 
-def warn_of_few(results:list[LayerResult]):
+def warn_of_few(
+    results:list[LayerResult], # Of every quantized layer
+):
     "One line where layers saw fewer tokens than they have inputs, so that their statistics leave directions open."
     few = [r for r in results if "few_tokens" in r.notes]
     if not few: return
@@ -298,7 +319,13 @@ def warn_of_few(results:list[LayerResult]):
                    few[0].notes["few_tokens"])
 
 # %% ../nbs/calibrated.ipynb #abdab5ac
-def tell_report(facts:dict, walk, data:CalibrationData, need:MemoryNeed, journal:RunJournal):
+def tell_report(
+    facts:dict,           # For the report; receives more
+    walk,                 # The `BlockWalk` that ran
+    data:CalibrationData, # The calibration text
+    need:MemoryNeed,      # The predicted peak
+    journal:RunJournal,   # Of the run
+):
     "Add what only the walk knows to what the report will say."
     facts |= {"calibration": {**data.facts, "fingerprint": data.fingerprint,
                               "passes_over_each_block": round(walk.passes / max(len(walk.blocks), 1), 3),
@@ -308,7 +335,11 @@ def tell_report(facts:dict, walk, data:CalibrationData, need:MemoryNeed, journal
         facts["resumed"] = {"at_block": len(journal.done), "seconds_before": journal.before}
     if walk.suppressed: facts["outlier_suppression"] = tell_suppression(facts, walk, data)
 
-def tell_suppression(facts:dict, walk, data:CalibrationData) -> dict:
+def tell_suppression(
+    facts:dict,           # For the report
+    walk,                 # The `BlockWalk` that ran
+    data:CalibrationData, # The calibration text
+) -> dict:
     "What block by block suppressors did, beside what the report says of others."
     blocks = {index: dict(walk.suppressed[index]) for index in sorted(walk.suppressed)}
     by, tokens = ", ".join(s.name for s in walk.suppressors), f"{data.facts['tokens']} tokens of the calibration text"

@@ -49,15 +49,25 @@ class ExportSink:
     writer: ExportWriter  # Where tensors go
     edited: dict = field(default_factory=dict) # Tensors that a method changed, and the SHA-256 of their bytes
 
-    def put(self, layer:LayerPlan, weight:QuantizedWeight, result:LayerResult):
+    def put(self,
+        layer:LayerPlan,        # Its plan
+        weight:QuantizedWeight, # Codes, scales and zero points
+        result:LayerResult,     # What is reported of it
+    ):
         "Pack and write a quantized weight."
         for name, tensor in self.plan.format.pack(layer.name, weight).items(): self.writer.write(name, tensor)
 
-    def keep(self, name:str, tensor:Tensor):
+    def keep(self,
+        name:str,      # In the checkpoint
+        tensor:Tensor, # In the dtype of the export
+    ):
         "Write a tensor as it is."
         self.writer.write(name, tensor)
 
-    def edit(self, name:str, tensor:Tensor):
+    def edit(self,
+        name:str,      # In the checkpoint
+        tensor:Tensor, # In the dtype of the export
+    ):
         "Write a tensor that a method changed; the proof must know it."
         self.writer.write(name, tensor)
         self.edited[name] = digest(raw_bytes(tensor))
@@ -169,14 +179,18 @@ def make_report(
                       "promises_step": promises_step}}
 
 # %% ../nbs/export.ipynb #ecd11ea5
-def to_yaml(report:dict) -> str:
+def to_yaml(
+    report:dict, # Plain values
+) -> str:
     "A report as text; the fast writer of libyaml where it is there."
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
     write = partial(yaml.dump, Dumper=dumper, sort_keys=False, allow_unicode=True, width=160)
     try: return write(report)
     except UnicodeEncodeError: return write(in_unicode(report))
 
-def in_unicode(value):
+def in_unicode(
+    value, # Plain values: dictionaries, lists, texts, numbers
+):
     "The same with bytes that are no UTF-8, as names of files may have, spelled out: \\udce1 for 0xe1."
     if isinstance(value, dict): return {in_unicode(key): in_unicode(item) for key, item in value.items()}
     if isinstance(value, list | tuple): return [in_unicode(item) for item in value]

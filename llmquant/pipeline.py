@@ -141,13 +141,22 @@ def calibrates(
     return bool(quantizer.needed_statistics()) or blockwise or any(grid and not grid.dynamic for grid in grids)
 
 # %% ../nbs/pipeline.ipynb #58c4376a
-def edited(returned, model):
+def edited(
+    returned, # By an edit of the model
+    model,    # That was given to it
+):
     "What an edit returned; the model itself where it returned nothing."
     return model if returned is None else returned
 
 # %% ../nbs/pipeline.ipynb #05c321a0
-def run_in_memory(recipe:Recipe, source:CheckpointSource, quantizer:BaseQuantizer, adapter, suppressors:tuple,
-                  **kwargs) -> dict:
+def run_in_memory(
+    recipe:Recipe,           # From `resolve`
+    source:CheckpointSource, # The model
+    quantizer:BaseQuantizer, # Configured
+    adapter,                 # Of the model's family
+    suppressors:tuple,       # Configured
+    **kwargs,                # The device, and what `export_model` takes
+) -> dict:                   # The report
     "Load the model, let suppressors and the quantizer edit it, export it."
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(source.with_weights(), dtype="auto",

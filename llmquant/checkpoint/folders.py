@@ -28,7 +28,7 @@ REPORT = "quantization_report.yaml"
 LONGEST = 255 - 35 # Bytes of a folder's name: `.partial-` and two numbers, or `.failed-2`, must go behind it
 
 def holds_export(
-    folder:Path,
+    folder:Path, # that may hold an export
 )->bool:
     "Whether a folder holds a report of ours."
     try:

@@ -21,11 +21,11 @@ from ..core.errors import UsageError
 @dataclass(frozen=True)
 class GGUFTensor:
     "What a header knows about one tensor."
-    name: str
+    name: str # in the file
     type: int # ggml's number of the block type
     shape: tuple # of int, rows first as torch has it
     offset: int # of the first byte, counted from the start of the file
-    nbytes: int
+    nbytes: int # on the disk, as blocks
 
 @dataclass(frozen=True)
 class GGUFHeader:

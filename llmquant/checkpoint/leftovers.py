@@ -166,7 +166,7 @@ def refuse_other(
 
 # %% ../../nbs/checkpoint/leftovers.ipynb #25456387
 def counted(
-    journal:Journal,
+    journal:Journal, # of an unfinished run
 )->str:
     "How much is done, in words."
     return f"{len(journal.blocks)} finished block{'s' if len(journal.blocks) > 1 else ''}"

@@ -31,10 +31,10 @@ SAFETENSORS_WORDS = {dtype: word for word, dtype in SAFETENSORS_DTYPES.items()}
 @dataclass(frozen=True)
 class TensorInfo:
     "What a header knows about one tensor."
-    dtype: torch.dtype
+    dtype: torch.dtype # in which it is stored
     shape: tuple # of int
     file: str # name of the shard inside the checkpoint's folder
-    nbytes: int
+    nbytes: int # on the disk
     offset: int # of the first byte, counted from the start of the file
 
 # %% ../../nbs/checkpoint/shard.ipynb #ae4f58c6
@@ -180,7 +180,7 @@ def read_tensor(
 
 # %% ../../nbs/checkpoint/shard.ipynb #6997d7b8
 def tensor_bytes(
-    dtype:torch.dtype,
+    dtype:torch.dtype, # of its values
     shape:tuple, # of int
 )->int:
     "The size of a tensor."

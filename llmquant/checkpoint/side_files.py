@@ -107,7 +107,7 @@ def config_digest(
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 def file_digest(
-    path:Path,
-)->str:
+    path:Path, # of the file
+)->str: # 64 hexadecimal digits
     "SHA-256 of a file's bytes, read in pieces."
     with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()

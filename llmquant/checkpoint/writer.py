@@ -56,7 +56,10 @@ class Shards:
         self.sizes = {file: len(header) for file, header in self.headers.items()}
         for place in self.places.values(): self.sizes[place.file] += place.nbytes
 
-    def place(self, name:str, tensor:torch.Tensor)->TensorInfo:
+    def place(self,
+        name:str, # of the tensor
+        tensor:torch.Tensor, # with the dtype and shape of the layout
+    )->TensorInfo:
         "Where a tensor belongs; refuses one that the layout does not know like this."
         place = self.places.get(name)
         if place is None: raise LLMQuantError(f"tensor {name} is not in the export's layout; add it there first")
@@ -72,7 +75,9 @@ class Shards:
 
 # %% ../../nbs/checkpoint/writer.ipynb #34706023
 @patch
-def create(self:Shards, folder:Path):
+def create(self:Shards,
+    folder:Path, # empty, receives the files
+):
     "Create every file at its final size, with its header."
     for file, header in self.headers.items():
         (folder / file).touch(exist_ok=False)
@@ -80,7 +85,10 @@ def create(self:Shards, folder:Path):
         os.truncate(folder / file, self.sizes[file])
 
 @patch
-def adopt(self:Shards, folder:Path, written:set):
+def adopt(self:Shards,
+    folder:Path, # of the unfinished run
+    written:set, # names of tensors
+):
     "Go on with the files that an unfinished run created, in which these tensors are written."
     for file, header in self.headers.items():
         path = folder / file
@@ -157,7 +165,10 @@ def write(self:ExportWriter,
     if self.journal: self.journal.note(name)
 
 @patch
-def finish_block(self:ExportWriter, index:int, results:dict):
+def finish_block(self:ExportWriter,
+    index:int, # larger than the one before
+    results:dict, # plain values for the report
+):
     "Make a block's work last, see `Journal.finish_block`."
     with self.guarded(): self.journal.finish_block(index, results)
 

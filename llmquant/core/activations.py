@@ -122,7 +122,7 @@ class KeptTensor:
     "A tensor in memory, or in a file until somebody needs it."
     tensor: Tensor|None       # None for one in a file
     dtype: torch.dtype        # Of what was given
-    shape: tuple
+    shape: tuple              # Of int
     stored: torch.dtype       # In which it is kept
     path: Path|None = None    # The file
     offset: int = 0           # Its first byte there

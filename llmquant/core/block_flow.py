@@ -26,12 +26,16 @@ class WithoutWeights(TorchDispatchMode):
         super().__init__()
         self.marks = WeakIdKeyDictionary()
 
-    def mark(self, tree:Any):
+    def mark(self,
+        tree:Any, # What a block returned
+    ):
         "Mark every tensor of a structure as late."
         for leaf in tree_leaves(tree):
             if isinstance(leaf, Tensor): self.marks[leaf] = True
 
-    def late(self, leaf:Any) -> bool:
+    def late(self,
+        leaf:Any, # One value of a call
+    ) -> bool:
         "Whether it is a marked tensor."
         return isinstance(leaf, Tensor) and leaf in self.marks
 
@@ -58,7 +62,9 @@ def _shape_of(function, arguments:tuple, keywords:dict, given:list[Tensor]) -> A
 
 # %% ../../nbs/core/block_flow.ipynb #1af089f5
 @contextmanager
-def on_meta(model:nn.Module):
+def on_meta(
+    model:nn.Module, # Put back at the end
+):
     "A model whose parameters are on the meta device for a while; whatever its code changes meanwhile is put back."
     kept = [(module, dict(vars(module)), [(own, dict(own)) for own in _tables(module)]) for module in model.modules()]
     try:
@@ -78,7 +84,10 @@ def _tables(module:nn.Module) -> tuple[dict, ...]:
     return module._parameters, module._buffers, module._modules
 
 @contextmanager
-def forwards(blocks, forward_of):
+def forwards(
+    blocks,     # The decoder's blocks, in order
+    forward_of, # Takes a block's number and the block, gives its `forward`
+):
     "Blocks with other `forward` methods for a while: `forward_of(index, block)` makes them."
     before = [vars(block).get("forward") for block in blocks]
     for index, block in enumerate(blocks): block.forward = forward_of(index, block)
@@ -111,15 +120,22 @@ def call_leaves(
         else: found |= {name + keystr(path): leaf for path, leaf in tree_flatten_with_path(value)[0]}
     return found
 
-def entering(arguments:tuple, keywords:dict) -> str:
+def entering(
+    arguments:tuple, # Of the call, by position
+    keywords:dict,   # Of the call, by name
+) -> str:
     "The name of the hidden states in a block's call."
     return "[0][0]" if arguments else "[1]['hidden_states']"
 
-def output_leaves(output:Any) -> dict[str, Any]:
+def output_leaves(
+    output:Any,      # What a block returned: a tensor or a structure of them
+) -> dict[str, Any]:
     "Every value of a block's output by its name; a bare tensor's is the empty string."
     return {keystr(path): leaf for path, leaf in tree_flatten_with_path(output)[0]}
 
-def spoken_name(name:str) -> str:
+def spoken_name(
+    name:str, # As `call_leaves` gives it
+) -> str:
     "A value's name in a message."
     first, _, rest = name.partition("]")
     return "argument " + ".".join(part.strip("'") for part in re.findall(r"\[(.*?)\]", rest))
@@ -189,11 +205,16 @@ class BlockFlow:
         "What must be carried past a block."
         return {key for later in (*self.handed[index + 1:], *self.mappings[index + 1:]) for key in later.values()}
 
-def out_key(index:int, name:str) -> str:
+def out_key(
+    index:int, # Of the block
+    name:str,  # As `output_leaves` gives it
+) -> str:
     "The key of one output of a block."
     return f"output {index}{name}"
 
-def numbers_in(tree:Any) -> int:
+def numbers_in(
+    tree:Any, # Tensors in tuples, lists and dictionaries
+) -> int:
     "How many numbers a structure's tensors hold."
     return sum(leaf.numel() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
 

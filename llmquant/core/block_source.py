@@ -212,7 +212,10 @@ class Carried:
     key: str             # Of `BlockFlow`; "" for the hidden states
     kind: type|None=None # Of a mapping
 
-    def value(self, hidden:Tensor, beside:dict):
+    def value(self,
+        hidden:Tensor, # The hidden states that enter the block
+        beside:dict,   # What travels beside them, by key
+    ):
         "What stands there when the block is run; a mapping is the call's own."
         if not self.key: return hidden
         return beside[self.key] if self.kind is None else self.kind(beside.get(self.key, {}))
@@ -246,7 +249,13 @@ def call(self:BlockInputs,
     return output_leaves(output)[self.flow.hidden[index]], self.beside(index, arguments, keywords, output, beside)
 
 @patch
-def beside(self:BlockInputs, index:int, arguments:tuple, keywords:dict, output, before:dict) -> dict:
+def beside(self:BlockInputs,
+    index:int,       # Of the block that was run
+    arguments:tuple, # Of its call
+    keywords:dict,   # Of its call
+    output,          # What it returned
+    before:dict,     # What came with its inputs, by key
+) -> dict:           # By key
     "What travels past a block: what later ones need of this one and of those before."
     needed = self.flow.needed(index)
     if not needed: return {}
@@ -306,7 +315,12 @@ def _fill_own(self:BlockSource, module:nn.Module):
 
 # %% ../../nbs/core/block_source.ipynb #5e4a14f3
 @patch
-def noted(self:BlockInputs, index:int, arguments:tuple, keywords:dict, seen:dict) -> tuple:
+def noted(self:BlockInputs,
+    index:int,       # Of the block that was called
+    arguments:tuple, # Of the call
+    keywords:dict,   # Of the call
+    seen:dict,       # What was kept of this batch already, by the identity of its tensor
+) -> tuple:          # Arguments and keywords
     "A call with each value replaced by what can be kept; `seen`: what was kept of this batch already."
     handed, mappings = self.flow.handed[index], self.flow.mappings[index]
     kept = {name: self._kept(index, name, leaf, seen) for name, leaf in call_leaves(arguments, keywords, mappings).items()

@@ -60,7 +60,12 @@ class BlockWalk:
 
 # %% ../../nbs/core/block_walk.ipynb #ae7f1c95
 @patch
-def run(self:BlockWalk, index:int, block:nn.Module, stream:Activations, batch:int) -> Tensor:
+def run(self:BlockWalk,
+    index:int,          # Of the block
+    block:nn.Module,    # Filled
+    stream:Activations, # Hidden states of all batches
+    batch:int,          # Which of them
+) -> Tensor:            # [windows, tokens, hidden_size]
     "One block on one batch: its hidden states; `UsageError` when a finite input gives NaN or infinity."
     return self.pass_through(index, block, stream, batch)[0]
 
@@ -196,13 +201,17 @@ class BlockView:
     notes: dict = field(default_factory=dict)     # What the report should say of this block
     block: nn.Module|None = None                  # The block itself
 
-    def module(self, name:str) -> nn.Module:
+    def module(self,
+        name:str,   # Inside the block, such as `mlp.down_proj`
+    ) -> nn.Module:
         "A module of the block, with float32 parameters that may be edited."
         return self.find(name)
 
 # %% ../../nbs/core/block_walk.ipynb #483c2e3a
 @contextmanager
-def input_grids(grids:Mapping[nn.Module, Callable[[Tensor], Tensor]]):
+def input_grids(
+    grids:Mapping[nn.Module, Callable[[Tensor], Tensor]], # What rounds the input of each Linear
+):
     "Linears whose inputs pass through a function, for a while."
     through = lambda grid: lambda module, args: (grid(args[0]), *args[1:])
     handles = [module.register_forward_pre_hook(through(grid)) for module, grid in grids.items()]
@@ -286,8 +295,12 @@ def hold(self:BlockWalk,
 
 # %% ../../nbs/core/block_walk.ipynb #6b3637b5
 @patch
-def view(
-    self:BlockWalk, index:int, block:nn.Module, plans:Mapping[str, LayerPlan], stats:Mapping, pairs:tuple
+def view(self:BlockWalk,
+    index:int,                     # Of the block
+    block:nn.Module,               # In float
+    plans:Mapping[str, LayerPlan], # Of its Linears, by name
+    stats:Mapping,                 # Of its Linears' inputs, by name
+    pairs:tuple,                   # Its smoothing pairs
 ) -> BlockView:
     "One block for somebody who edits it."
     find = lambda name: self.blocks.adapter.get_layer_by_name(self.blocks.model, name)
@@ -300,7 +313,13 @@ class RoundsToNearest:
     "Stands in for a method that measures, where nothing was measured."
     stacks_rows = False
 
-    def quantize_weight(self, weight, stats, scheme): return round_to_grid(weight, scheme)
+    def quantize_weight(self,
+        weight,  # [out_features, in_features]
+        stats,   # Nothing was measured
+        scheme,  # The `QuantScheme` of the layer
+    ):           # A `QuantizedWeight`
+        "The nearest codes."
+        return round_to_grid(weight, scheme)
 
 # %% ../../nbs/core/block_walk.ipynb #405289e2
 @patch
@@ -329,7 +348,11 @@ def solve(self:BlockWalk,
     return found
 
 @patch
-def fix_range(self:BlockWalk, quantized, result, stats) -> tuple:
+def fix_range(self:BlockWalk,
+    quantized, # A `QuantizedWeight`
+    result,    # Its `LayerResult`
+    stats,     # Of its input
+) -> tuple:
     "A quantized weight with the static grid of its input, where its scheme has one."
     activations = quantized.scheme.activations
     if activations is None or activations.dynamic: return quantized, result

@@ -176,7 +176,12 @@ def by_block(
         found.setdefault(index if index is None or index < blocks else None, []).append(name)
     return found
 
-def pass_on(plan:Plan, names:Iterable[str], source, sink):
+def pass_on(
+    plan:Plan,           # Of the run
+    names:Iterable[str], # Of tensors that are not quantized
+    source,              # Hands out tensors by name
+    sink,                # Takes them
+):
     "Bring tensors that are not quantized to the sink; those that the source presents as edited are told to be."
     for name in names:
         tensor = source.tensor(name)
@@ -185,7 +190,12 @@ def pass_on(plan:Plan, names:Iterable[str], source, sink):
         take(name, cast(name, tensor, plan.kept[name][0]))
         del tensor # before the next one comes
 
-def deliver(plan:Plan, found:list, values:dict[str, Tensor], sink) -> list[LayerResult]:
+def deliver(
+    plan:Plan,                # Of the run
+    found:list,               # (QuantizedWeight, LayerResult) of each Linear
+    values:dict[str, Tensor], # The block's other tensors, by name
+    sink,                     # Takes them
+) -> list[LayerResult]:
     "Hand a block's results to the sink, from the CPU."
     for name, value in values.items(): sink.edit(name, cast(name, value.cpu(), plan.kept[name][0]))
     for quantized, result in found:
@@ -201,7 +211,10 @@ def record_of(walk:BlockWalk, index:int, found:list, edited:dict[str, str]) -> d
             "results": [{"layer": r.layer.name, "relative_error": r.relative_error, "digest": r.digest,
                          "seconds": r.seconds, "notes": dict(r.notes)} for _, r in found]}
 
-def restored(entry:dict, layers:dict[str, LayerPlan]) -> LayerResult:
+def restored(
+    entry:dict,                  # One layer's part of a line of the journal
+    layers:dict[str, LayerPlan], # Plans by name
+) -> LayerResult:
     "A result that the journal kept."
     return LayerResult(layers[entry["layer"]], entry["relative_error"], entry["digest"], entry["seconds"],
                        entry["notes"])

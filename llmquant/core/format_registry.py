@@ -34,37 +34,59 @@ class BaseFormat:
         "The same layout with no container wider than the codes; itself where it has none."
         return self
 
-    def whole_objection(self, schemes:Collection[QuantScheme]) -> str:
+    def whole_objection(self,
+        schemes:Collection[QuantScheme], # All that occur in the export
+    ) -> str:
         "Why vLLM would not load an export with these grids in it; empty when it would."
         if len(schemes) < 2: return ""
         return (f"format {self.name} has one grid for all layers, and the overrides make it {len(schemes)} "
                 f"({', '.join(map(str, schemes))}); use format compressed_tensors or auto, or skip layers only")
 
-    def objection(self, scheme:QuantScheme, out_features:int, in_features:int) -> str:
+    def objection(self,
+        scheme:QuantScheme, # Of the layer
+        out_features:int,   # Rows of its weight
+        in_features:int,    # Columns of its weight
+    ) -> str:
         "Why vLLM would not load such a layer and what to use instead; empty when it would."
         raise NotImplementedError
 
 # %% ../../nbs/core/format_registry.ipynb #883dd191
 @patch
-def layout(self:BaseFormat, layer:str, out_features:int, in_features:int,
-           scheme:QuantScheme) -> dict[str, tuple[torch.dtype, tuple]]:
+def layout(self:BaseFormat,
+    layer:str,                             # Its name
+    out_features:int,                      # Rows of its weight
+    in_features:int,                       # Columns of its weight
+    scheme:QuantScheme,                    # Of the layer
+) -> dict[str, tuple[torch.dtype, tuple]]: # Name to (dtype, shape)
     "Name, dtype and shape of each tensor that `pack` will give."
     raise NotImplementedError
 
 @patch
-def pack(self:BaseFormat, layer:str, weight:QuantizedWeight) -> dict[str, Tensor]:
+def pack(self:BaseFormat,
+    layer:str,              # Its name
+    weight:QuantizedWeight, # Codes, scales and zero points
+) -> dict[str, Tensor]:     # By name
     "The layer's tensors by name."
     raise NotImplementedError
 
 @patch
-def unpack(self:BaseFormat, layer:str, tensors:Mapping[str, Tensor], scheme:QuantScheme,
-           in_features:int) -> QuantizedWeight:
+def unpack(self:BaseFormat,
+    layer:str,                    # Its name
+    tensors:Mapping[str, Tensor], # As `pack` gives them
+    scheme:QuantScheme,           # Of the layer
+    in_features:int,              # Columns of its weight, which packing may round up
+) -> QuantizedWeight:
     "The inverse of `pack`."
     raise NotImplementedError
 
 @patch
-def quantization_config(self:BaseFormat, scheme:QuantScheme, quantized:list[str], ignored:list[str], method:str,
-                        overrides:Mapping[str, QuantScheme]=MappingProxyType({})) -> dict:
+def quantization_config(self:BaseFormat,
+    scheme:QuantScheme,                                       # Of most layers
+    quantized:list[str],                                      # Names of the quantized layers
+    ignored:list[str],                                        # Names of the layers left in float
+    method:str,                                               # The quantizer's name
+    overrides:Mapping[str, QuantScheme]=MappingProxyType({}), # Layers on another grid than `scheme`, by name
+) -> dict:                                                    # Plain values
     "What `config.json` says, in vLLM's words; `ignored` are in float, `overrides` have a grid other than `scheme`."
     raise NotImplementedError
 

@@ -125,7 +125,10 @@ def replace_module_(
     raise UsageError(f"{type(old).__name__} is not a module of {type(model).__name__}")
 
 # %% ../../nbs/core/in_memory.ipynb #ae770bba
-def refuse_save_pretrained(*_, **__):
+def refuse_save_pretrained(
+    *_,   # Whatever `save_pretrained` takes
+    **__, # The same by name
+):
     "Stands in for `save_pretrained` on a model with `QuantLinear` modules."
     raise UsageError("a quantized model is saved with ModelRegistry.for_config(model.config.to_dict())"
                      ".save_quantized(model, path, source=checkpoint)")

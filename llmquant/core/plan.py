@@ -290,7 +290,10 @@ def make_plan(
     return Plan(quantizer.name, layers, kept_tensors(tensors, layers, stored, dtype, adapter.keep_dtype), dtype, scheme,
                 layout, nbytes(tensors), fused.origin, other_names(adapter, layers))
 
-def other_names(adapter, layers:Iterable[LayerPlan]) -> tuple[str, ...]:
+def other_names(
+    adapter,                    # Of this model
+    layers:Iterable[LayerPlan], # All that were planned
+) -> tuple[str, ...]:
     "Further names of the layers left in float, where an adapter knows any."
     known = getattr(adapter, "other_names", None)
     return tuple(known([l.name for l in layers if not l.scheme])) if known else ()

@@ -17,11 +17,17 @@ from .errors import UsageError
 from .hadamard import hadamard_factor, times_hadamard
 
 # %% ../../nbs/core/rotation.ipynb #78e72c36
-def random_signs(size:int, generator:torch.Generator) -> Tensor:
+def random_signs(
+    size:int,                  # How many
+    generator:torch.Generator, # Seeded
+) -> Tensor:
     "float64 [size] of +-1."
     return torch.randint(0, 2, (size,), generator=generator).double().mul_(2).sub_(1)
 
-def random_orthogonal(size:int, generator:torch.Generator) -> Tensor:
+def random_orthogonal(
+    size:int,                  # Rows and columns
+    generator:torch.Generator, # Seeded
+) -> Tensor:
     "float64 [size, size], uniform among orthogonal matrices."
     q, r = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=generator))
     return q * r.diagonal().sign()
@@ -96,10 +102,10 @@ def like_gains(
 
 def make_blocks(
     blocks:Sequence[Tensor], # Channels of each block; every channel once
-    kind:str="hadamard",     # These four as above
-    seed:int=0,
-    name:str="",
-    keep_ones:bool=False,
+    kind:str="hadamard",     # See `make_rotation`
+    seed:int=0,              # Of the random signs or numbers
+    name:str="",             # Of the place
+    keep_ones:bool=False,    # Whether Q 1 = 1
 ) -> Rotation:
     "A random rotation that mixes only the channels of a block."
     parts = [make_rotation(len(block), kind, seed, f"{name} {i}", keep_ones) for i, block in enumerate(blocks)]

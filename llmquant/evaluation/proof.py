@@ -127,7 +127,9 @@ def check_floats(tensors: dict,                # what `read_safetensors` gave
 EDITED = "the method made of it; the digest in the report is of another tensor"
 
 # %% ../../nbs/evaluation/proof.ipynb #bd7bf5f0
-def was_edited(report: dict) -> bool:
+def was_edited(
+    report: dict,  # of the export, parsed
+) -> bool:
     "Whether an outlier suppressor was at work."
     used = (report.get("recipe") or {}).get("outlier_suppression")
     return bool(used.get("value") if isinstance(used, dict) else used)
@@ -185,8 +187,15 @@ def as_known(text: str,     # a message
     return text.replace(str(export), re.sub(r"\.partial-\d+(-\d+)?$", "", str(export)))
 
 # %% ../../nbs/evaluation/proof.ipynb #14fad0fb
-def prove(export: Path, reference: str | Path | None, dtype: str, bound: float | None, stock: bool | None,
-          quantization: str | None, require_vllm: bool) -> dict:
+def prove(
+    export: Path,  # the folder
+    reference: str | Path | None,  # checkpoint; None for the one that the report names
+    dtype: str,  # in which vLLM computes
+    bound: float | None,  # on the mean KL; None: 1e-4, or what the reference's own noise asks for
+    stock: bool | None,  # True: no plugins; None: the plugin only where stock vLLM refuses
+    quantization: str | None,  # vLLM's --quantization; None for what config.json says
+    require_vllm: bool,  # whether it is an error that vLLM is missing
+) -> dict:
     "All questions that can be asked here; the parameters are those of `verify`."
     found = {"files": check_files(export, reference)}
     if vllm_installed(): logger.info("verifying: vLLM loads the export and answers")

@@ -31,7 +31,9 @@ def damaged(path: Path,   # a file of an export
                       "again")
 
 # %% ../../nbs/evaluation/proof_config.ipynb #0f9d4f16
-def is_shape(layer) -> bool:
+def is_shape(
+    layer,  # one entry of the report's layers
+) -> bool:
     "Whether a layer of the report has a shape of two sizes."
     shape = layer.get("shape") if isinstance(layer, dict) else None
     return isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)
@@ -64,7 +66,9 @@ def report_objection(report,  # as parsed
     return "" if recipe is None or isinstance(recipe, dict) else "recipe must be a mapping"
 
 # %% ../../nbs/evaluation/proof_config.ipynb #61adc392
-def read_report(export: Path) -> dict:
+def read_report(
+    export: Path,  # the folder
+) -> dict:
     "What `quantize` wrote down about an export."
     path = Path(export)/REPORT
     if not os.path.isdir(export): # False for names that no file system takes
@@ -100,7 +104,9 @@ def check_width(found: dict,   # quantization_config
                          f"of {columns} weights means {columns // groups} of them")
 
 # %% ../../nbs/evaluation/proof_config.ipynb #6e7387a6
-def layout_of(scheme: QuantScheme) -> str:
+def layout_of(
+    scheme: QuantScheme,  # of the layer
+) -> str:
     "The layout of compressed-tensors for a grid."
     return f"{scheme.type}-quantized" if scheme.activations or scheme.type == "float" else "pack-quantized"
 
@@ -165,7 +171,11 @@ def check_quantization(config: dict,  # the export's config.json
 # %% ../../nbs/evaluation/proof_config.ipynb #3d7d86ea
 MAY_DIFFER = {"quantization_config", "dtype", "torch_dtype", "_name_or_path", "transformers_version"}
 
-def difference(ours: dict, theirs: dict, within: str = "") -> tuple[str, str, str] | None:
+def difference(
+    ours: dict,  # one configuration
+    theirs: dict,  # the other
+    within: str = "",  # dotted name of what both are part of
+) -> tuple[str, str, str] | None:  # None where they are the same
     "The first key, dotted, whose values differ, and both values."
     for key in sorted(set(ours) | set(theirs)):
         if not within and key in MAY_DIFFER: continue

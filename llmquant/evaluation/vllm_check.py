@@ -91,12 +91,16 @@ def has_tokenizer(path: str | Path,  # a checkpoint folder
     return any((Path(path)/name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
 
 # %% ../../nbs/evaluation/vllm_check.ipynb #7d30f1ab
-def in_accepted_dtype(job: Job) -> Job:
+def in_accepted_dtype(
+    job: Job,  # as it was asked for
+) -> Job:
     "The job as it can be served here: in another dtype where it may be, and where the kernels do not take its own."
     return replace(job, dtype=accepted_dtype(job.path, job.dtype, job.quantization)) if job.flexible else job
 
 # %% ../../nbs/evaluation/vllm_check.ipynb #3a9de72a
-def load_engine(job: Job):
+def load_engine(
+    job: Job,  # in a dtype that is accepted
+):
     "vLLM's engine for one job."
     from vllm import LLM
     set_w4a8(job.w4a8)
@@ -108,7 +112,10 @@ def load_engine(job: Job):
                enable_prefix_caching=False, disable_log_stats=True)
 
 # %% ../../nbs/evaluation/vllm_check.ipynb #a6ef1343
-def sampled(engine, job: Job):
+def sampled(
+    engine,  # from `load_engine`
+    job: Job,  # whose first prompt it is
+):
     "vLLM's greedy continuation of the first half of the first prompt."
     from vllm import SamplingParams
     half = {"prompt_token_ids": job.prompts[0][:max(len(job.prompts[0]) // 2, 1)]}
@@ -124,7 +131,10 @@ def teacher_forced(engine, job: Job) -> list[np.ndarray]:  # per prompt [tokens 
     return [np.array([top_k(entry, job.top) for entry in output.prompt_logprobs[1:]]) for output in outputs]
 
 # %% ../../nbs/evaluation/vllm_check.ipynb #7a05631a
-def what_serves(engine, job: Job) -> dict:
+def what_serves(
+    engine,  # from `load_engine`
+    job: Job,  # what was asked for
+) -> dict:
     "Which kernels multiply, and what passes through the Linears where that was asked for; fields of an `Answer`."
     from vllm import SamplingParams
     facts = dict(dtype=str(engine.llm_engine.model_config.dtype).removeprefix("torch."),
@@ -139,7 +149,10 @@ def what_serves(engine, job: Job) -> dict:
     return {**facts, "linears": kept}
 
 # %% ../../nbs/evaluation/vllm_check.ipynb #d4058a76
-def ask(engine, job: Job) -> Answer:
+def ask(
+    engine,  # from `load_engine`
+    job: Job,  # what is asked
+) -> Answer:
     "One engine's answer to one job."
     tables, sample = teacher_forced(engine, job), sampled(engine, job)
     return Answer([t[..., 0].astype(np.int64) for t in tables], [t[..., 1].astype(np.float32) for t in tables],
@@ -148,7 +161,9 @@ def ask(engine, job: Job) -> Answer:
 # %% ../../nbs/evaluation/vllm_check.ipynb #faf6184c
 LONGEST = 400 # Characters; vLLM lists every parameter of a model behind the sentence that says what is wrong
 
-def message(error: Exception) -> str:
+def message(
+    error: Exception,  # that vLLM raised
+) -> str:
     "vLLM's own last words: the last line that says something, without pydantic's decoration or long lists."
     if hasattr(error, "errors"): return error.errors()[0]["msg"].removeprefix("Value error, ")
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -159,7 +174,7 @@ def message(error: Exception) -> str:
 REFUSALS = (ValueError, RuntimeError, KeyError, AssertionError, NotImplementedError, OSError)
 
 # %% ../../nbs/evaluation/vllm_check.ipynb #a61f26ee
-def answer(job: Job,
+def answer(job: Job,  # what is asked
            loading=lambda dtype: None,  # called before vLLM loads anything, with the dtype
            ) -> Answer:
     "Load, ask, free."
@@ -179,7 +194,11 @@ def answer(job: Job,
     return Answer(**{**vars(said), "seconds": perf_counter() - start})
 
 # %% ../../nbs/evaluation/vllm_check.ipynb #7706910b
-def save_answer(said: Answer, folder: Path, number: int):
+def save_answer(
+    said: Answer,  # to a job
+    folder: Path,  # that parent and child share
+    number: int,  # of the job
+):
     "Write one answer; its `.json` comes last, so an answer with a `.json` is whole."
     arrays = {f"{kind}{i}": array for kind in ("ids", "logprobs") for i, array in enumerate(getattr(said, kind))}
     arrays |= {f"{name}.{end}": array for name, pair in said.linears.items() for end, array in zip("xy", pair)}
@@ -189,7 +208,10 @@ def save_answer(said: Answer, folder: Path, number: int):
     (folder/f"{number}.json").write_text(json.dumps(described), encoding="utf-8")
 
 # %% ../../nbs/evaluation/vllm_check.ipynb #e3989829
-def load_answer(folder: Path, number: int) -> Answer:
+def load_answer(
+    folder: Path,  # that parent and child share
+    number: int,  # of the job
+) -> Answer:
     "Read one answer."
     rest = json.loads((folder/f"{number}.json").read_text(encoding="utf-8"))
     with np.load(folder/f"{number}.npz") as arrays:
@@ -236,7 +258,10 @@ def last_error(log: str,  # a child's standard error
     return (errors or lines or ["it wrote nothing"])[-1]
 
 # %% ../../nbs/evaluation/vllm_check.ipynb #4773e0d3
-def run_child(folder: Path, stock: bool):
+def run_child(
+    folder: Path,  # that parent and child share, with the jobs
+    stock: bool,  # whether without this package's plugin
+):
     "Start one child; if it dies, its current job is answered with how it died."
     start = "import sys; from llmquant.evaluation.vllm_check import main; main(sys.argv[1])"
     command = [sys.executable, "-c", start, str(folder/"jobs.json")]
@@ -264,7 +289,10 @@ def ask_vllm_many(jobs: list[Job],       # questions, answered in this order
         return [load_answer(folder, number) for number in range(len(jobs))]
 
 # %% ../../nbs/evaluation/vllm_check.ipynb #2537a7eb
-def unanswered(folder: Path, count: int) -> list[int]:
+def unanswered(
+    folder: Path,  # that parent and child share
+    count: int,  # how many jobs there are
+) -> list[int]:
     "The jobs without an answer."
     return [number for number in range(count) if not (folder/f"{number}.json").exists()]
 

@@ -12,23 +12,32 @@ from ..core.scheme import QuantScheme
 from .names import read_pattern
 
 # %% ../../nbs/formats/config_form.ipynb #8e92ee01
-def shown(value) -> str:
+def shown(
+    value,  # plain value
+) -> str:
     "A value of config.json for a message."
     text = json.dumps(value, sort_keys=True)
     return text if len(text) <= 120 else text[:117] + "..."
 
 # %% ../../nbs/formats/config_form.ipynb #e09f5c4a
-def is_scheme(values) -> bool:
+def is_scheme(
+    values,  # what should be one, from a file
+) -> bool:
     "Whether these are the values of a grid."
     try: return isinstance(values, dict) and QuantScheme.from_dict(values).to_dict() == values
     except (TypeError, KeyError, ValueError): return False
 
 # %% ../../nbs/formats/config_form.ipynb #4a8385d5
-def is_name(value) -> bool:
+def is_name(
+    value,  # from a file
+) -> bool:
     "Whether a value names a module, and is not an expression as compressed-tensors writes them."
     return isinstance(value, str) and not value.startswith("re:")
 
-def is_exception(key: str, rule) -> bool:
+def is_exception(
+    key: str,  # of the entry, an expression
+    rule,  # its value, from a file
+) -> bool:
     "Whether an entry of gptq's `dynamic` leaves layers in float in the words of our exports."
     return key.startswith("-:") and rule == {} and read_pattern(key[2:]) is not None
 

@@ -219,7 +219,13 @@ def tensor_places(self:BaseHuggingFaceAdapter,
     return checkpoint_names(model)
 
 @patch
-def assemble(self:BaseHuggingFaceAdapter, model: nn.Module, name: str, shape: tuple, read, dtype) -> Tensor:
+def assemble(self:BaseHuggingFaceAdapter,
+    model: nn.Module, # transformers model, without memory
+    name: str,        # of the parameter in transformers' memory
+    shape: tuple,     # of the parameter
+    read,             # gives a tensor of the checkpoint by its name
+    dtype,            # in which it is wanted
+) -> Tensor:
     "A parameter that the checkpoint keeps in other shapes."
     return assemble(model, name, shape, read, dtype)
 

@@ -20,10 +20,10 @@ class StreamTable:
     norms:dict                   # Norm: modules that read it
     writers:tuple[str, ...]      # Modules that add to the stream
     inside:tuple[str, ...] = ()  # Modules and tensors that never see it
-    blocks:str = "model.layers"
-    embeddings:tuple[str, ...] = ("model.embed_tokens.weight",)
-    head:str = "lm_head"
-    final_norm:str = "model.norm"
+    blocks:str = "model.layers"  # The list of blocks
+    embeddings:tuple[str, ...] = ("model.embed_tokens.weight",) # What the stream starts from
+    head:str = "lm_head"         # The Linear that gives logits
+    final_norm:str = "model.norm" # In front of the head
     layer_norm:bool = False      # Whether norms subtract the mean
     gain_offset:float = 0.       # What a norm adds to its weight
 

@@ -22,10 +22,10 @@ from ..core.text_config import read_config, text_config
 class LinearSite:
     "One Linear of a checkpoint: where it stands, its shape, and what is to become of it."
     name: str          # module name in the checkpoint, without ".weight"
-    out_features: int
-    in_features: int
+    out_features: int  # rows of the weight
+    in_features: int   # columns of the weight
     block: int|None    # index of the decoder block, None outside the decoder's blocks
-    quantize: bool
+    quantize: bool     # whether it is quantized
     reason: str = ""   # why it stays in float; empty when it is quantized
 
 # %% ../../nbs/models/sites.ipynb #23852a86

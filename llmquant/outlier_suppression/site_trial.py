@@ -37,7 +37,7 @@ class Call:
     "One call of one part in float."
     part: nn.Module # What was called
     args: tuple     # With what
-    kwargs: dict
+    kwargs: dict    # And by name
     output: Tensor  # What it gave, [tokens, features]
     last: bool = True # Whether no Linear was called after it
 
