@@ -177,9 +177,12 @@ def refuse_short(
     if tokens == 0:
         raise UsageError(f"{where}: holds no text; give one with at least {count * length} tokens")
     if len(windows) < count:
-        lower = f"num_samples to {len(windows)} or max_length" if len(windows) else "max_length"
-        raise UsageError(f"{where}: has {tokens} tokens, and {count} x {length} = {count * length} are needed "
-                         f"(num_samples x max_length); lower {lower}, or give a longer text")
+        fewer = f"calibration.num_samples to {len(windows)}" if len(windows) else ""
+        shorter = f"calibration.max_length to {tokens // count}" if tokens // count > 1 else ""
+        one = f"calibration.max_length to {tokens} and calibration.num_samples to 1" if not fewer and tokens > 1 else ""
+        lower = " or ".join(filter(None, [fewer, shorter, one]))
+        raise UsageError(f"{where}: has {tokens} tokens, and {count} x {length} = {count * length} are needed (num_samples x "
+                         f"max_length); {f'lower {lower}, or ' if lower else ''}give a longer text")
 
 # %% ../../nbs/calibration/tokens.ipynb #2d76f91a
 def refuse_foreign(

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 # %% ../../nbs/models/skeleton.ipynb #fef6dc6b
 from ..core.errors import UsageError, library_errors
 from ..core.names import natural_key
-from ..core.text_config import read_config
+from ..core.text_config import OWN_CONFIG, read_config
 from .sites import (BEYOND, HEAD, OUTSIDE, ROUTERS, LinearSite, check_beyond, head_site, is_matrix,
                                    make_site, module_of, number_of_blocks, split_block)
 
@@ -62,7 +62,7 @@ def skeleton(
     if type(values) not in AutoModelForCausalLM._model_mapping:
         raise UsageError(f"model type {kind!r} in config.json is no causal language model in transformers; only "
                          "models that AutoModelForCausalLM builds can be quantized")
-    with library_errors(f"config.json of model type {kind!r}: transformers cannot build the model", "fetch it again"):
+    with library_errors(f"config.json of model type {kind!r}: transformers cannot build the model", OWN_CONFIG):
         with meta_parameters(): model = AutoModelForCausalLM.from_config(values).eval()
     if names: bind_names_(model, names)
     return model
