@@ -30,7 +30,7 @@ from .core.errors import LLMQuantError, ProofError, UsageError
 from .core.format_registry import FormatRegistry
 from .core.in_memory import ModelSource, adopt, is_adopted
 from .core.outlier_suppression_registry import CHANGEABLE
-from .core.plan import LayerPlan, Plan, export_dtype, fused_table, kept_tensors, nbytes, other_names
+from .core.plan import LayerPlan, Plan, export_dtype, fused_table, kept_tensors, nbytes, other_names, server_notes
 from .core.qtensor import QuantizedWeight, digest, raw_bytes
 from .core.quant_linear import QuantLinear
 from .core.quantizer_registry import QuantizerRegistry
@@ -166,7 +166,7 @@ def make_report(
                              "relative_error": round(r.relative_error, 6), **r.notes} for r in results}
     first = {"verdict": NOT_VERIFIED, "sizes": plan.sizes(), "parameters": plan.parameters(),
              "seconds": facts.get("seconds", {}), "peak_memory_mib": peak_memory_mib()}
-    notes = serving_notes(plan.schemes, plan.dtype)
+    notes = [*plan.server_notes, *serving_notes(plan.schemes, plan.dtype)]
     return {"llmquant": __version__, **first, "method": plan.method,
             "scheme": plan.scheme.to_dict() if plan.scheme else None,
             "format": {"name": plan.format.name if plan.format else None, "dtype": dtype_name(plan.dtype),
@@ -327,7 +327,7 @@ def plan_of_model(
     fused, layout = fused_table(adapter), FormatRegistry.get(format)(container)
     layout.fused = {**layout.fused, **fused.joined}
     plan = Plan(method, plans, kept, dtype, scheme, layout, nbytes({**source.tensors, **weights}), fused.origin,
-                other_names(adapter, plans))
+                other_names(adapter, plans), server_notes(adapter))
     return plan, layers, source
 
 # %% ../nbs/export.ipynb #62be7766

@@ -124,7 +124,8 @@ def plan_text(
     for reason in dict.fromkeys(l.reason for l in plan.ignored):
         left = [l for l in plan.ignored if l.reason == reason]
         text += f"\nleft in float: {len(left)}, {reason}\n" + aligned(kinds(left), 2)
-    return text + "".join(f"\nnote: {note}\n" for note in serving_notes(plan.schemes, plan.dtype))
+    notes = [*plan.server_notes, *serving_notes(plan.schemes, plan.dtype)]
+    return text + "".join(f"\nnote: {note}\n" for note in notes)
 
 # %% ../nbs/summary.ipynb #68409b28
 def memory_text(

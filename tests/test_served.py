@@ -17,6 +17,8 @@ import torch
 import yaml
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextModel
 
 from llmquant.cli import main
 from llmquant.core.errors import ProofError
@@ -26,6 +28,7 @@ from llmquant.evaluation.kernels import STATIC_NOTE, W4A8_NOTE, W4A8_PRODUCT
 from llmquant.evaluation.served_model import forced_logits
 from llmquant.evaluation.vllm_check import Answer, Job
 from llmquant.loading import load
+from llmquant.models.served_class import NO_HEAD_NOTE, PER_LAYER_NOTE
 from llmquant.pipeline import quantize
 
 AMX = torch.cpu._is_amx_tile_supported() and os.environ.get("LLMQUANT_CPU_AMX") != "0"
@@ -240,6 +243,56 @@ def test_what_a_server_does_by_default(folder):
     default = found["server_default"]
     assert default["dtype"] == "bfloat16" and "VLLM_CPU_INT4_W4A8" in default["activations"]
     assert default["mean_kl"] > 3 * default["mean_kl_with_float_activations"] > 0
+
+
+GEMMA_3N = {**tiny.COMMON, "num_hidden_layers": 2, "head_dim": 32, "layer_types": ["sliding_attention", "full_attention"],
+            "sliding_window": 64, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 32,
+            "vocab_size_per_layer_input": 512, "laurel_rank": 16, "altup_num_inputs": 4, "pad_token_id": 0}
+
+
+def gemma_3n(path, tie):
+    "A text-only Gemma 3n."
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("gemma3n_text", **GEMMA_3N, tie_word_embeddings=tie)
+    model = AutoModelForCausalLM.from_config(config)
+    tiny.perturb_(model, 0)
+    model.to(torch.float16).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("tie, note", [(True, PER_LAYER_NOTE), (False, NO_HEAD_NOTE)])
+def test_check_and_the_report_say_what_vllm_makes_of_a_text_only_gemma_3n(tie, note, tmp_path, capsys):
+    options = ["--model-path", str(gemma_3n(tmp_path/"base", tie)), "--bits", "4", "--group-size", "32"]
+    assert main(["check", *options]) == 0 and note in capsys.readouterr().out
+    assert main([*options, "--output-path", str(tmp_path/"w4")]) == 0 and note in capsys.readouterr().out
+    assert note in yaml.safe_load((tmp_path/"w4"/"quantization_report.yaml").read_text())["serving"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_what_vllm_makes_of_a_text_only_gemma_3n(tmp_path, monkeypatch):
+    """The notes hold for the vLLM that is here: the export is right beside transformers without the embeddings per layer,
+    and far from the model; without a tied head it is not loaded. The plugin is asked both times, and no method is named."""
+    exports = {tie: tmp_path/f"w4 {tie}" for tie in (True, False)}
+    for tie, out in exports.items(): quantize(gemma_3n(tmp_path/f"base {tie}", tie), out, bits=4, group_size=32)
+    prompts = torch.randint(3, 512, (4, 49), generator=torch.Generator().manual_seed(0)).tolist()   # no padding among them
+    tied, untied = vllm_check.ask_vllm_many([Job(str(out), prompts, "float16") for out in exports.values()])
+    assert not tied.error and "named 'lm_head' in Gemma3nForCausalLM" in untied.error
+    def mean_kl(): return served_model.divergences(forced_logits(load(exports[True], torch.float32), prompts), tied)[0].mean()
+    assert mean_kl() > 1e-2
+    project = Gemma3nTextModel.project_per_layer_inputs
+    monkeypatch.setattr(Gemma3nTextModel, "project_per_layer_inputs", lambda self, embeds, _=None: project(self, embeds))
+    assert mean_kl() < 1e-4
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+@pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="its classes that see can be imported")
+def test_a_class_that_vllm_cannot_import(tmp_path):
+    "The module that is missing is named, not only that something is."
+    config = AutoConfig.for_model("qwen3_5").to_dict() | {"architectures": ["Qwen3_5ForConditionalGeneration"]}
+    (tmp_path/"config.json").write_text(json.dumps(config))
+    said, = vllm_check.ask_vllm_many([Job(str(tmp_path), [[1, 2]], "bfloat16")], stock=True)
+    assert said.error == ("its Qwen3_5ForConditionalGeneration cannot be imported, ModuleNotFoundError: "
+                          "No module named 'torchvision'")
 
 
 def test_check_and_the_report_say_what_this_machine_serves_otherwise(folder, tmp_path, monkeypatch, capsys):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NO_LINEAR', 'WHERE', 'OVERRIDE', 'export_dtype', 'LayerPlan', 'Plan', 'nbytes', 'kept_tensors', 'make_plan',
-           'other_names', 'fused_table']
+           'other_names', 'server_notes', 'fused_table']
 
 # %% ../../nbs/core/plan.ipynb #ea664fdf
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -56,6 +56,7 @@ class Plan:
     stored_bytes: int            # Size of the checkpoint, on disk where it has files
     fused_by: str = ""           # Who says what vLLM fuses, for the report
     other_names: tuple[str, ...] = () # Under which vLLM looks for some of the layers left in float
+    server_notes: tuple[str, ...] = () # What vLLM's class does otherwise than the model
 
     @cached_property
     def quantized(self) -> list[LayerPlan]:
@@ -288,7 +289,8 @@ def make_plan(
                          f"the adapter found {len(layers)} Linears, all left in float")
     if scheme and scheme not in schemes: scheme = schemes[0]
     return Plan(quantizer.name, layers, kept_tensors(tensors, layers, stored, dtype, adapter.keep_dtype), dtype, scheme,
-                layout, nbytes(tensors), fused.origin, other_names(adapter, layers))
+                layout, nbytes(tensors), fused.origin, other_names(adapter, layers),
+                server_notes(adapter))
 
 def other_names(
     adapter,                    # Of this model
@@ -297,6 +299,11 @@ def other_names(
     "Further names of the layers left in float, where an adapter knows any."
     known = getattr(adapter, "other_names", None)
     return tuple(known([l.name for l in layers if not l.scheme])) if known else ()
+
+def server_notes(adapter) -> tuple[str, ...]:
+    "What vLLM's class does otherwise than the model, where an adapter knows."
+    known = getattr(adapter, "server_notes", None)
+    return tuple(known()) if known else ()
 
 def fused_table(
     adapter, # Of this model

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LONGEST', 'REFUSALS', 'ERROR_LINE', 'kl_topk', 'Job', 'Answer', 'top_k', 'has_tokenizer', 'in_accepted_dtype',
-           'load_engine', 'sampled', 'teacher_forced', 'what_serves', 'ask', 'message', 'answer', 'save_answer',
-           'load_answer', 'main', 'child_environment', 'vllm_installed', 'last_error', 'run_child', 'ask_vllm_many',
-           'unanswered', 'ask_vllm']
+           'load_engine', 'sampled', 'teacher_forced', 'what_serves', 'ask', 'message', 'not_imported', 'reason',
+           'answer', 'save_answer', 'load_answer', 'main', 'child_environment', 'vllm_installed', 'last_error',
+           'run_child', 'ask_vllm_many', 'unanswered', 'ask_vllm']
 
 # %% ../../nbs/evaluation/vllm_check.ipynb #84aac34a
 import gc
@@ -173,6 +173,28 @@ def message(
 # %% ../../nbs/evaluation/vllm_check.ipynb #b7c9eaed
 REFUSALS = (ValueError, RuntimeError, KeyError, AssertionError, NotImplementedError, OSError)
 
+# %% ../../nbs/evaluation/vllm_check.ipynb #8d2e7b40
+def not_imported(architectures: list[str],  # of a config.json
+                 models: dict,              # vLLM's registry: name -> what imports the class
+                 ) -> str:                  # empty where all can be imported
+    "Why vLLM cannot import its class for a model."
+    for name in architectures:
+        if name not in models: continue
+        try: models[name].load_model_cls()
+        except (ImportError, RuntimeError, OSError) as error:
+            return f"its {name} cannot be imported, {type(error).__name__}: {message(error)}"
+    return ""
+
+def reason(path: str | Path,  # a checkpoint folder
+           error: Exception,  # that vLLM raised
+           ) -> str:
+    "Why vLLM refuses a checkpoint."
+    said = f"{type(error).__name__}: {message(error)}"
+    if "failed to be inspected" not in said: return said
+    from vllm.model_executor.models.registry import ModelRegistry
+    config = json.loads((Path(path)/"config.json").read_text(encoding="utf-8"))
+    return not_imported(config.get("architectures") or [], ModelRegistry.models) or said
+
 # %% ../../nbs/evaluation/vllm_check.ipynb #a61f26ee
 def answer(job: Job,  # what is asked
            loading=lambda dtype: None,  # called before vLLM loads anything, with the dtype
@@ -185,7 +207,7 @@ def answer(job: Job,  # what is asked
         job = in_accepted_dtype(job)
         loading(job.dtype)
         engine = load_engine(job)
-    except REFUSALS as error: return Answer(error=f"{type(error).__name__}: {message(error)}", dtype=job.dtype)
+    except REFUSALS as error: return Answer(error=reason(job.path, error), dtype=job.dtype)
     try: said = ask(engine, job)
     finally:
         engine.llm_engine.engine_core.shutdown()

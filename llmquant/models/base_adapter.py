@@ -18,7 +18,7 @@ from ..core.errors import UsageError, closest
 from ..core.text_config import text_config
 from .expected import check_tensors, dense_shapes
 from .rotation_sites import COMMON_TYPES, STREAM, common_sites
-from .served_class import FusedTable, served_names, served_table, vllm_folder
+from .served_class import FusedTable, served_names, served_otherwise, served_table, vllm_folder
 from .sites import (TIED, LinearSite, check_counts, module_of, number_of_blocks, sites_by_names,
                                    split_block)
 from .skeleton import (UNREAD, assemble, checkpoint_names, find_blocks, module_names, on_disk, saved_state,
@@ -99,6 +99,11 @@ def keep_dtype(self:Architecture, name: str) -> bool: # tensor name
 def other_names(self:Architecture, names: list[str]) -> list[str]: # layers left in float -> further names of theirs
     "Names under which vLLM looks for some of these layers, of the checkpoint that was looked at last."
     return served_names(self.seen.get("config", {}).get("model_type"), names)
+
+@patch
+def server_notes(self:Architecture) -> list[str]: # sentences, mostly none
+    "What vLLM's class does otherwise than the checkpoint that was looked at last."
+    return served_otherwise(self.seen.get("config", {}))
 
 @patch
 def smoothing_types(self:Architecture) -> tuple[str, ...]: # model types
