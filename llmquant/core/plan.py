@@ -300,7 +300,9 @@ def other_names(
     known = getattr(adapter, "other_names", None)
     return tuple(known([l.name for l in layers if not l.scheme])) if known else ()
 
-def server_notes(adapter) -> tuple[str, ...]:
+def server_notes(
+    adapter, # Of this model
+) -> tuple[str, ...]: # Sentences, mostly none
     "What vLLM's class does otherwise than the model, where an adapter knows."
     known = getattr(adapter, "server_notes", None)
     return tuple(known()) if known else ()
