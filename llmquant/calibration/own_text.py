@@ -40,7 +40,7 @@ def first_token(
             return found
     return 0
 
-# %% ../../nbs/calibration/own_text.ipynb #5ea907fd
+# %% ../../nbs/calibration/own_text.ipynb #1fce8411
 AT_A_TIME = 32  # windows that are written together, where memory allows
 
 
@@ -61,7 +61,7 @@ def write_windows(
         seen = torch.cat([seen, last], 1)
     return seen[:, 1:]
 
-
+# %% ../../nbs/calibration/own_text.ipynb #5ea907fd
 def own_text(
     model: Any,  # a causal language model of transformers; left as it is
     num_samples: int,  # windows

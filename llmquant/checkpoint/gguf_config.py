@@ -161,6 +161,24 @@ def rotated_features(
     share = rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1
     return int((getattr(config, "head_dim", None) or hidden // heads) * share)
 
+# %% ../../nbs/checkpoint/gguf_config.ipynb #40bf3cf6
+def _check_scaling_keys(
+    header:GGUFHeader, # whose error it would be
+    kind:str, # of scaling
+    keys:dict, # those under `rope.scaling.` that every kind may have taken out
+):
+    "`UsageError` for a key that this kind of scaling has no place for."
+    if left := {key: value for key, value in keys.items() if value not in _NEUTRAL.get(key, ())}:
+        key, value = next(iter(left.items()))
+        if kind not in ("yarn", "longrope") or key not in _YARN: raise _not_carried(header, f"rope.scaling.{key} {value}")
+
+def _not_carried(
+    header:GGUFHeader, # of the file
+    what:str, # a key or a tensor
+)->UsageError:
+    "The error for scaling that has no place in a configuration."
+    return UsageError(f"{header.path}: {what} cannot be carried over; give safetensors instead")
+
 # %% ../../nbs/checkpoint/gguf_config.ipynb #e68c367a
 def rope_scaling(
     header:GGUFHeader, # from `read_gguf_header`
@@ -189,23 +207,6 @@ def rope_scaling(
     if kind == "linear": return {"rope_type": "linear", "factor": factor}
     if kind != "yarn": raise _not_carried(header, f"rope.scaling.type {kind}")
     return _yarn(factor, context, keys)
-
-def _check_scaling_keys(
-    header:GGUFHeader, # whose error it would be
-    kind:str, # of scaling
-    keys:dict, # those under `rope.scaling.` that every kind may have taken out
-):
-    "`UsageError` for a key that this kind of scaling has no place for."
-    if left := {key: value for key, value in keys.items() if value not in _NEUTRAL.get(key, ())}:
-        key, value = next(iter(left.items()))
-        if kind not in ("yarn", "longrope") or key not in _YARN: raise _not_carried(header, f"rope.scaling.{key} {value}")
-
-def _not_carried(
-    header:GGUFHeader, # of the file
-    what:str, # a key or a tensor
-)->UsageError:
-    "The error for scaling that has no place in a configuration."
-    return UsageError(f"{header.path}: {what} cannot be carried over; give safetensors instead")
 
 # %% ../../nbs/checkpoint/gguf_config.ipynb #f9716e1c
 def with_rope(

@@ -140,7 +140,7 @@ def spoken_name(
     first, _, rest = name.partition("]")
     return "argument " + ".".join(part.strip("'") for part in re.findall(r"\[(.*?)\]", rest))
 
-# %% ../../nbs/core/block_flow.ipynb #0dac53a9
+# %% ../../nbs/core/block_flow.ipynb #7725e551
 class _Refused(Exception): "Why blocks cannot be run one by one; `flow_of` adds the model type."
 
 @dataclass
@@ -158,6 +158,7 @@ def _mappings(arguments:tuple, keywords:dict) -> dict[str, MutableMapping]:
     whole = {f"[0][{i}]": v for i, v in enumerate(arguments)} | {f"[1][{k!r}]": v for k, v in keywords.items()}
     return {name: value for name, value in whole.items() if isinstance(value, MutableMapping)}
 
+# %% ../../nbs/core/block_flow.ipynb #0dac53a9
 TOKENS = 4 # Of the text
 
 @torch.no_grad()

@@ -334,6 +334,7 @@ def noted(self:BlockInputs,
     return (tuple(replace(f"[0][{i}]", value) for i, value in enumerate(arguments)),
             {key: replace(f"[1][{key!r}]", value) for key, value in keywords.items()})
 
+# %% ../../nbs/core/block_source.ipynb #f74c578c
 @patch
 def _kept(self:BlockInputs, index:int, name:str, tensor:Tensor, seen:dict) -> KeptTensor:
     "One tensor of a call: that of all batches, or the batch's own."

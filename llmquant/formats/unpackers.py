@@ -42,7 +42,7 @@ def interleaved_codes(
     slots = stream_codes(words, 4, words.shape[1] * 8).reshape(len(words), -1, 8)
     return slots[:, :, _SLOT_OF_OUTPUT].reshape(len(words), -1)
 
-# %% ../../nbs/formats/unpackers.ipynb #68a8ad68
+# %% ../../nbs/formats/unpackers.ipynb #71915603
 _ITEM = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1,
          "F8_E4M3": 1, "F8_E5M2": 1}
 
@@ -73,6 +73,7 @@ def _is_entry(entry) -> bool:
     lists = isinstance(shape, list) and isinstance(place, list) and len(place) == 2
     return lists and all(type(n) is int and n >= 0 for n in shape + place)
 
+# %% ../../nbs/formats/unpackers.ipynb #68a8ad68
 def _read_file(path:Path) -> dict[str, StoredTensor]:
     "The tensors of one file."
     raw = np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)

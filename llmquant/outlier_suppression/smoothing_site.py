@@ -159,7 +159,7 @@ def note(self:SmoothingSite,
     "Keep facts about a pair for the report."
     self.view.notes.setdefault(suppressor, {}).setdefault("pairs", {})[self.pair.producer] = facts
 
-# %% ../../nbs/outlier_suppression/smoothing_site.ipynb #fd4804a5
+# %% ../../nbs/outlier_suppression/smoothing_site.ipynb #aeefc45b
 @patch
 @contextmanager
 def kept(self:SmoothingSite):
@@ -173,6 +173,7 @@ def kept(self:SmoothingSite):
         self.view.stats.update(stats)
         self.view.edited.intersection_update(edited)
 
+# %% ../../nbs/outlier_suppression/smoothing_site.ipynb #781593a3
 @patch
 def tried(self:SmoothingSite,
     factors:Tensor, # [producer channels], positive
@@ -181,6 +182,17 @@ def tried(self:SmoothingSite,
     if not self.trial.plain: return 1.
     with self.kept(): return self.trial.error(self.scale_by(factors)) / self.trial.plain
 
+@patch
+def best_scale(self:SmoothingSite,
+    candidates:Iterable[tuple[Hashable, Tensor]], # What to note and the factors
+) -> tuple[Hashable, Tensor, dict]: # The best one's note and factors; the error by note, relative to no factors
+    "The factors after which rounding the consumers changes the block's output least; None is no factors."
+    factors = dict(candidates)
+    errors = {note: self.tried(s) for note, s in factors.items()}
+    note = min([None, *errors], key=lambda note: errors.get(note, 1.))
+    return note, factors.get(note, torch.ones(len(self.producer.weight), device=self.producer.weight.device)), errors
+
+# %% ../../nbs/outlier_suppression/smoothing_site.ipynb #fd4804a5
 CLOSE, FEW = 1.25, 3 # Candidates whose errors are within this factor of the least; how many of them, none among them
 
 @patch
@@ -198,16 +210,6 @@ def settled(self:SmoothingSite,
             if note is not None: self.scale_by(factors_of(note))
             exact[note] = self.trial.error_of_block()
     return min(exact, key=exact.get)
-
-@patch
-def best_scale(self:SmoothingSite,
-    candidates:Iterable[tuple[Hashable, Tensor]], # What to note and the factors
-) -> tuple[Hashable, Tensor, dict]: # The best one's note and factors; the error by note, relative to no factors
-    "The factors after which rounding the consumers changes the block's output least; None is no factors."
-    factors = dict(candidates)
-    errors = {note: self.tried(s) for note, s in factors.items()}
-    note = min([None, *errors], key=lambda note: errors.get(note, 1.))
-    return note, factors.get(note, torch.ones(len(self.producer.weight), device=self.producer.weight.device)), errors
 
 # %% ../../nbs/outlier_suppression/smoothing_site.ipynb #5746c1fb
 class SiteSuppressor(BaseOutlierSuppressor):
