@@ -1,4 +1,5 @@
 """Checkpoints as they are found: what transformers accepts is quantized, what would be misread is refused by name."""
+import importlib.util
 import json
 import re
 import shutil
@@ -339,6 +340,22 @@ def test_a_run_on_float8_codes_is_verified_against_them(coded, tmp_path):
     with pytest.raises(ProofError, match="model.embed_tokens.weight"):
         check_files(tmp_path / "out", variant(plain, tmp_path / "other", {
             name: tensor + (1 if "embed" in name else 0) for name, tensor in tensors_of(plain).items()}))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_an_export_of_float8_codes_is_served(coded, tmp_path):
+    "By a vLLM without plugins; the reference has the weights that codes and scales multiply to, on the same grid."
+    from llmquant.evaluation import served_check
+    from llmquant.evaluation.served_model import divergences, forced_logits, teacher_tokens
+    from llmquant.evaluation.vllm_check import Job, ask_vllm_many
+    model, plain = coded("rows")
+    for path in (model, plain): quantize(path, tmp_path / path.name, **GRID)
+    out = tmp_path / model.name
+    prompts = teacher_tokens(out, {"vocab_size": 512})
+    said, = ask_vllm_many([Job(str(out), prompts, "float16")], stock=True)
+    assert not said.error and served_check.compare(out, prompts, said)["mean_kl"] < 1e-4
+    right = load(tmp_path / plain.name, torch.float32, served_in=torch.float16)
+    assert divergences(forced_logits(right, prompts), said)[0].mean() < 1e-4
 
 
 UP = "model.layers.1.mlp.up_proj.weight"

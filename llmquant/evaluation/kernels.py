@@ -157,7 +157,8 @@ def attention_names(model,  # vLLM's, loaded
                     ) -> list[str]:
     "The attention backends of a model."
     backends = {module.attn_backend for module in model.modules() if hasattr(module, "attn_backend")}
-    return sorted(backend.get_name() for backend in backends)
+    def name_of(backend): return backend.get_name() if hasattr(backend, "get_name") else backend.name # a vision tower's
+    return sorted(map(name_of, backends))
 
 # %% ../../nbs/evaluation/kernels.ipynb #f13bd3ec
 def has_amx() -> bool:
