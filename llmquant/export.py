@@ -253,7 +253,7 @@ def draw_suppression(
     from llmquant.evaluation.outlier_plots import suppression_picture
     with writer.guarded(): suppression_picture(stages, writer.folder/PICTURE)
 
-# %% ../nbs/export.ipynb #be949396
+# %% ../nbs/export.ipynb #53d2f2ea
 def prove(
     writer:ExportWriter,            # Finished, not yet published
     report:dict,                    # As written
@@ -264,6 +264,7 @@ def prove(
     writer.write_text(REPORT, to_yaml({**report, "verdict": verdict(found), "proof": {**report["proof"], **found}}))
     return found
 
+# %% ../nbs/export.ipynb #596cda4b
 def verdict_writer(
     folder:Path, # A published export that is about to be verified
 ) -> Callable:   # Takes what `verify` found, and says whether the report has it now
@@ -283,6 +284,7 @@ def verdict_writer(
         return True
     return put
 
+# %% ../nbs/export.ipynb #be949396
 @contextmanager
 def kept_complete(
     writer:ExportWriter, # Finished, not yet published

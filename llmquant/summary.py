@@ -183,7 +183,7 @@ def _suppression_rows(
             rows.append(("", f"that of {left['layer']} in block {left['block']} stays at {digits(left['size']):g}"))
     return rows
 
-# %% ../nbs/summary.ipynb #ecbeab30
+# %% ../nbs/summary.ipynb #b612b6fd
 def _errors_text(
     errors:Mapping[str, float], # Layer to its relative error
 ) -> str:
@@ -200,6 +200,7 @@ def _error_rows(
     rows = [("weight error", _errors_text({name: layer["relative_error"] for name, layer in layers.items()}))]
     return rows + ([("output error", _errors_text(outputs))] if outputs else [])
 
+# %% ../nbs/summary.ipynb #ecbeab30
 def report_text(
     report:Mapping[str, Any], # What `pipeline.run` returns
     output:str,               # The export's folder

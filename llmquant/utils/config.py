@@ -282,7 +282,7 @@ def recipe_to_dict(
         return plain(getattr(recipe, head)[tail] if tail else getattr(recipe, head))
     return {key: {"value": value(key), "from": origin} for key, origin in recipe.origins.items()}
 
-# %% ../../nbs/utils/config.ipynb #831a2d4c
+# %% ../../nbs/utils/config.ipynb #92074bfd
 def _at_item(
     message:str,             # About a key of a file
     lines:Mapping[str, int], # Line of each key and list item
@@ -295,6 +295,7 @@ def _at_item(
         return f"{source}:{lines[path]}: {found[1]}" if path else found[0]
     return re.sub(rf"{re.escape(source)}:\d+: ([\w.]+\[\d+\][\w.\[\]]*)", at, message) if source else message
 
+# %% ../../nbs/utils/config.ipynb #831a2d4c
 def resolve(
     command_line:Mapping[str, Any]|None=None,  # By name (bits) or dotted path; None counts as not given
     config_path:str|Path|None=None,            # A YAML file

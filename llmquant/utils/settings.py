@@ -106,7 +106,7 @@ def document_settings(
             else: found.append(Setting(path, value, where(path), origin))
     return found
 
-# %% ../../nbs/utils/settings.ipynb #40807eb5
+# %% ../../nbs/utils/settings.ipynb #d2f3e6f4
 def _path_in_file(
     name:str,   # A key of the report's recipe, such as bits or options.symmetric
     method:str, # The report's
@@ -126,6 +126,7 @@ def _is_said(
     plain = list(key.default) if key and isinstance(key.default, tuple) else key and key.default
     return key is None or entry["from"] != "default" or value != plain
 
+# %% ../../nbs/utils/settings.ipynb #40807eb5
 def recipe_of_report(
     report:Mapping,          # A report as parsed
     lines:Mapping[str, int], # Line of each of its paths, where there are lines
