@@ -73,7 +73,7 @@ def _one_line(
 def parse_yaml(
     text:str,                       # YAML
     source:str,                     # Where it comes from, for messages
-) -> tuple[Any, dict[str, int]]:    # The value, None when there is nothing in it, and each key's line, as `_lines` gives it
+) -> tuple[Any, dict[str, int]]:    # The value, None when there is nothing in it, and each key's line, by its dotted path
     "Parse YAML; every mistake is a `UsageError` of one line."
     try:
         loader = _Loader(text)
@@ -100,7 +100,7 @@ def _recipe_part(
 
 def read_yaml(
     path:str|Path,                # A YAML file in UTF-8
-) -> tuple[dict, dict[str, int]]: # Its mapping, and each key's line, as `_lines` gives it
+) -> tuple[dict, dict[str, int]]: # Its mapping, and each key's line, by its dotted path
     "Read a YAML file whose top level is a mapping."
     try: text = Path(path).read_bytes().decode("utf-8-sig")
     except OSError as error: raise UsageError(f"{path}: {error.strerror}; give a YAML file that can be read") from None
