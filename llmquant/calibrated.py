@@ -32,6 +32,7 @@ from .core.plan import Plan
 from .core.suppress import bare
 from .core.text_config import fact
 from .core.walk import LayerResult, with_words
+from .outlier_suppression.site_trial import LEAST
 from .utils.config import Recipe, recipe_to_dict
 from .utils.logging import progress
 from .utils.recipe_keys import KEYS
@@ -179,14 +180,15 @@ def search_products(
 ) -> int:
     "How many multiplications and additions the search takes in one block."
     shape = lambda name: tensors.get(f"{name}.weight", (None, ()))[1]
-    found = 2 * block * tokens * 4 # one pass to record, three to compare
+    found = 2 * block * tokens * 13 // 2 # one pass to record, four and three halves to compare around attention
+    judged = max(tokens // 2, min(tokens, LEAST))
     for pair in pairs:
         inside = pair.consumers
         if len(shape(pair.producer)) == 1: # a norm: what holds all of its readers is run again
             where = os.path.commonprefix([name.split(".")[:-1] for name in pair.consumers])
             start = ".".join(where) + "."
             inside = [name.removesuffix(".weight") for name in tensors if name.startswith(start) and name.endswith(".weight")]
-        found += 2 * sum(prod(shape(name)) for name in inside) * tokens // 2 * (trials + 1)
+        found += 2 * sum(prod(shape(name)) for name in inside) * judged * (trials + 1)
     return found
 
 # %% ../nbs/calibrated.ipynb #6e4d179f

@@ -234,7 +234,7 @@ def judged_by(site, target, asked):
     def error(taken=None):
         asked.append(taken)
         return 1e-3 + float(((original / site.producer.weight).log() - target.log()).square().mean())
-    return SimpleNamespace(error=error, plain=error(), whole=[])
+    return SimpleNamespace(error=error, plain=error(), whole=[], uneven=False)
 
 
 COARSE_ROW = [(above, strength) for above in (.5, 2.) for strength in STRENGTHS]
@@ -268,30 +268,38 @@ def test_the_search_finds_alpha(alpha):
     walk.blocks.empty()
 
 
-@pytest.mark.parametrize("kind", ("llama", "deepseek_v3"))
-def test_the_search_chooses_what_running_the_whole_block_would(kind):
-    "Where alpha matters, the chosen one is hardly worse than the best of all, tried on the whole block."
-    walk = walk_over(inject_outliers(tiny.build(kind, torch.float32), [5, 33], 24.), TOKENS[:2])
-    _, view = view_of(walk, activations=ActivationScheme(bits=6))
-    reference, judged = view.outputs(None), 0
+SMALL = dict(hidden_size=64, intermediate_size=192, num_attention_heads=2, num_key_value_heads=1)
+EXHAUSTED = [(*rest, seed) for seed in (0, 1) for rest in (
+    ("llama", 8, {}), ("llama", 6, {}), ("llama", 8, SMALL), ("qwen2", 8, {}), ("qwen3", 8, {}), ("opt", 6, {}),
+    ("gpt_neox", 8, {}))] + [("qwen3", 6, {}, 2)]
+
+
+@pytest.mark.parametrize("kind, bits, shape, seed", EXHAUSTED)
+def test_the_search_chooses_what_running_the_whole_block_would(kind, bits, shape, seed):
+    "The chosen alpha is within 2 % of the best of all eleven and none, each tried on the whole block and all of the text."
+    tokens = torch.randint(3, 512, (4, 192), generator=torch.Generator().manual_seed(seed))
+    model = inject_outliers(tiny.build(kind, torch.float32, seed=seed, **shape), [5, 33], 24.)
+    walk = walk_over(model, tokens)
+    _, view = view_of(walk, 1, activations=ActivationScheme(bits=bits))
     for site in sites_of(view, "it"):
-        inputs, columns, errors = site.gather(site.stats.maxima), site.column_maxima(), {}
+        reference = view.outputs(None)
+        inputs, columns = site.gather(site.stats.maxima), site.column_maxima()
+        errors = {None: view.error(reference, len(reference), site.quantized)}
         for alpha in ALPHAS:
+            factors = inputs**alpha / columns**(1 - alpha)
             with site.kept():
-                site.scale_by(smoothing_factors(inputs, columns, alpha))
+                site.scale_by(factors / factors.log().mean().exp())
                 errors[alpha] = view.error(reference, len(reference), site.quantized)
         SmoothQuantSuppressor().apply_to_pair(site.pair, view)
         chosen = facts_of(view, "smooth_quant")[site.pair.producer]["alpha"]
-        if max(errors.values()) < 2 * min(errors.values()): continue
-        assert errors[chosen] <= 1.1 * min(errors.values()), (site.pair.producer, chosen, errors)
-        judged += 1
-    assert judged
+        assert errors[chosen] <= 1.02 * min(errors.values()), (site.pair.producer, chosen, errors)
     walk.blocks.empty()
 
 
 def test_the_search_takes_a_quarter_of_the_products():
     "Beside running the whole block for the reference, for no factors and for eleven alphas of each pair."
-    walk = walk_over(tiny.build("llama", torch.float32), TOKENS)
+    tokens = torch.randint(3, 512, (4, 512), generator=torch.Generator().manual_seed(0))
+    walk = walk_over(tiny.build("llama", torch.float32), tokens)
     _, view = view_of(walk, activations=A8)
     with FlopCounterMode(display=False) as once: view.outputs(None)
     with FlopCounterMode(display=False) as search: SmoothQuantSuppressor().apply_to_block(view)

@@ -71,15 +71,16 @@ def lowest(
     ask:Callable[[int], float], # The error at a place of the row
     count:int,                  # Places
     coarse:Iterable[int],       # Where to look first
+    patience:int=1,             # How many places in a row may be worse before it turns back
 ) -> dict[int, float]:          # The errors of all places that were asked for
-    "Look at a few places, then go downhill from the best of them, a place at a time."
+    "Look at a few places, then go downhill from the best of them, a place at a time, on either side."
     errors = {place: ask(place) for place in coarse}
     best = min(errors, key=errors.get)
     for step in 1, -1:
-        while 0 <= (near := best + step) < count:
+        near, left = best, patience
+        while left and 0 <= (near := near + step) < count:
             if near not in errors: errors[near] = ask(near)
-            if errors[near] >= errors[best]: break
-            best = near
+            best, left = (near, patience) if errors[near] < errors[best] else (best, left - 1)
     return errors
 
 # %% ../../nbs/outlier_suppression/smooth_quant.ipynb #75882350
@@ -93,7 +94,8 @@ def edit_site(self:SmoothQuantSuppressor,
     alpha, facts = self.current()["alpha"], {}
     if alpha == "auto":
         factors_of = lambda alpha: smoothing_factors(inputs, columns, alpha)
-        errors = lowest(lambda k: site.tried(factors_of(ALPHAS[k])), len(ALPHAS), COARSE)
+        errors = lowest(lambda k: site.tried(factors_of(ALPHAS[k])), len(ALPHAS), COARSE,
+                        2 if site.trial.uneven else 1)
         alpha = site.settled({ALPHAS[k]: error for k, error in errors.items()}, factors_of)
         facts = {"error_ratio": 1. if alpha is None else errors[ALPHAS.index(alpha)]}
     factors = torch.ones_like(inputs) if alpha is None else smoothing_factors(inputs, columns, alpha)

@@ -193,17 +193,19 @@ def best_scale(self:SmoothingSite,
     return note, factors.get(note, torch.ones(len(self.producer.weight), device=self.producer.weight.device)), errors
 
 # %% ../../nbs/outlier_suppression/smoothing_site.ipynb #fd4804a5
-CLOSE, FEW = 1.25, 3 # Candidates whose errors are within this factor of the least; how many of them, none among them
+CLOSE = 1.25   # Candidates whose errors are within this factor of the least are close to it
+FEW = {True: 4, False: 2} # How many of them are compared behind a norm, and behind a Linear beside no factors
 
 @patch
 def settled(self:SmoothingSite,
     errors:dict,                          # Note to error, from `tried`
     factors_of:Callable[[Hashable], Tensor], # Note to factors
 ) -> Hashable:                            # A note; None for no factors at all
-    "The best candidate; where the block goes on behind a norm's readers, close calls are decided by the whole block."
+    "The best candidate; where the block goes on behind the readers, close calls are decided by the whole block."
     ranked = sorted({None: 1., **errors}.items(), key=lambda item: item[1])
-    close = [note for note, error in ranked[:FEW] if error <= CLOSE * ranked[0][1]]
-    if len(close) < 2 or not self.trial.whole or not (self.is_norm or None in close): return ranked[0][0]
+    close = [note for note, error in ranked[:FEW[self.is_norm]] if error <= CLOSE * ranked[0][1]]
+    if not self.is_norm and None not in close: close.append(None)
+    if len(close) < 2 or not self.trial.whole: return ranked[0][0]
     exact = {}
     for note in close:
         with self.kept():
