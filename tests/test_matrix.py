@@ -108,7 +108,8 @@ def test_chosen_rows_run_again_and_the_others_stay(tmp_path, monkeypatch):
     "With --fresh; a row from another machine than the file's says so, and all say what vLLM was told."
     import json
 
-    rows = [row.name for row in matrix.all_rows("cpu")][:3]
+    planned = matrix.all_rows("cpu")[:3]
+    rows = [row.name for row in planned]
     out, ran = tmp_path / "matrix.json", []
 
     def run_rows(part, folder):
@@ -126,7 +127,7 @@ def test_chosen_rows_run_again_and_the_others_stay(tmp_path, monkeypatch):
     monkeypatch.setattr(matrix, "run_rows", run_rows)
     monkeypatch.setattr(matrix, "plugin_path", lambda _: "")
     monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
-    monkeypatch.setattr(matrix, "all_rows", lambda _, rows=matrix.all_rows("cpu")[:3]: rows)
+    monkeypatch.setattr(matrix, "all_rows", lambda _: planned)
     run(processor="first")
     run(processor="second")  # nothing is missing
     run("--rows", f"^{rows[1]}$", "--fresh", processor="second")

@@ -245,8 +245,8 @@ def test_what_a_server_does_by_default(folder):
     assert default["mean_kl"] > 3 * default["mean_kl_with_float_activations"] > 0
 
 
-GEMMA_3N = {**tiny.COMMON, "num_hidden_layers": 2, "head_dim": 32, "layer_types": ["sliding_attention", "full_attention"],
-            "sliding_window": 64, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 32,
+GEMMA_3N = {**tiny.COMMON, "num_hidden_layers": 2, "head_dim": 32, "sliding_window": 64, "num_kv_shared_layers": 0,
+            "layer_types": ["sliding_attention", "full_attention"], "hidden_size_per_layer_input": 32,
             "vocab_size_per_layer_input": 512, "laurel_rank": 16, "altup_num_inputs": 4, "pad_token_id": 0}
 
 
@@ -270,17 +270,20 @@ def test_check_and_the_report_say_what_vllm_makes_of_a_text_only_gemma_3n(tie, n
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 def test_what_vllm_makes_of_a_text_only_gemma_3n(tmp_path, monkeypatch):
-    """The notes hold for the vLLM that is here: the export is right beside transformers without the embeddings per layer,
-    and far from the model; without a tied head it is not loaded. The plugin is asked both times, and no method is named."""
+    """The notes hold for the vLLM that is here: the export is right beside transformers without the embeddings per
+    layer, and far from the model; without a tied head it is not loaded. The plugin is there, and no method is named."""
     exports = {tie: tmp_path/f"w4 {tie}" for tie in (True, False)}
     for tie, out in exports.items(): quantize(gemma_3n(tmp_path/f"base {tie}", tie), out, bits=4, group_size=32)
-    prompts = torch.randint(3, 512, (4, 49), generator=torch.Generator().manual_seed(0)).tolist()   # no padding among them
+    prompts = torch.randint(3, 512, (4, 49), generator=torch.Generator().manual_seed(0)).tolist()   # no padding
     tied, untied = vllm_check.ask_vllm_many([Job(str(out), prompts, "float16") for out in exports.values()])
     assert not tied.error and "named 'lm_head' in Gemma3nForCausalLM" in untied.error
-    def mean_kl(): return served_model.divergences(forced_logits(load(exports[True], torch.float32), prompts), tied)[0].mean()
+    def mean_kl():
+        model = load(exports[True], torch.float32)
+        return served_model.divergences(forced_logits(model, prompts), tied)[0].mean()
     assert mean_kl() > 1e-2
     project = Gemma3nTextModel.project_per_layer_inputs
-    monkeypatch.setattr(Gemma3nTextModel, "project_per_layer_inputs", lambda self, embeds, _=None: project(self, embeds))
+    def without(self, embeds, per_layer=None): return project(self, embeds)
+    monkeypatch.setattr(Gemma3nTextModel, "project_per_layer_inputs", without)
     assert mean_kl() < 1e-4
 
 

@@ -9,8 +9,8 @@
 A row is a tiny model quantized, exported, loaded by vLLM in float16 and compared with the dequantized export in
 transformers (float32) at 4 x 48 tokens: the mean KL divergence must be at most 1e-4. Where this machine's kernels take
 another dtype (a CPU with AMX: W8A8 and DeepSeek in bfloat16), that is served, under three times the reference's own
-bfloat16 noise, and each row names its kernels. 4-bit weights are multiplied with float activations everywhere: each
-row is taken with VLLM_CPU_INT4_W4A8=0, and says so, which is not what a server on a CPU with AMX does by default. `smollm2`
+bfloat16 noise, and each row names its kernels. 4-bit weights are multiplied with float activations everywhere: each row
+is taken with VLLM_CPU_INT4_W4A8=0, and says so, which is not what a server on a CPU with AMX does by default. `smollm2`
 rows are the demo's language model; one that is above the bound is compared with what float16 costs transformers on the
 same weights, and fails at twice that. `plugin` rows ask for `quantization="minmax"`, or the name of another method that
 made them; `stock` rows run without plugins, wherever vLLM has a kernel of its own for that layout on that platform.

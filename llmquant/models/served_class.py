@@ -174,8 +174,8 @@ def served_names(
 PER_LAYER_NOTE = ("vLLM 0.32 does not hand the embeddings per layer to its text-only Gemma3nForCausalLM, so it answers "
                   "otherwise than the model in every dtype, quantized or not; the class of the whole model, "
                   "Gemma3nForConditionalGeneration, gets them")
-NO_HEAD_NOTE = ("vLLM 0.32's Gemma3nForCausalLM has no lm_head, so it cannot load a model with tie_word_embeddings: false, "
-                "quantized or not")
+NO_HEAD_NOTE = ("vLLM 0.32's Gemma3nForCausalLM has no lm_head, so it cannot load a model with tie_word_embeddings: "
+                "false, quantized or not")
 
 def served_otherwise(
     config: Mapping, # config.json
