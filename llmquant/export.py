@@ -196,6 +196,16 @@ def in_unicode(
     if isinstance(value, list | tuple): return [in_unicode(item) for item in value]
     return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
 
+# %% ../nbs/export.ipynb #44525bb7
+def _seconds_since(
+    wall:float,                 # `time.perf_counter()` at the start
+    cpu:float,                  # `time.process_time()` then
+    before:Mapping[str, float], # What the runs took that this one goes on with
+) -> dict[str, float]:
+    "Time for the report, to the millisecond."
+    seconds = {"wall": round(time.perf_counter() - wall, 3), "cpu": round(time.process_time() - cpu, 3)}
+    return seconds | {kind: round(seconds[kind] + more, 3) for kind, more in before.items()}
+
 # %% ../nbs/export.ipynb #779d79a1
 def write_export(
     plan:Plan,             # What to do; `check_servable` has passed
@@ -224,9 +234,7 @@ def write_export(
         if AUTO_MAP in config and AUTO_MAP not in exported: left_out[f"{AUTO_MAP} in config.json"] = CODE
         writer.write_json("config.json", exported)
         if plan.quantized: adapter._save_vllm_config(ExportedModel(exported, plan.dtype), writer.folder)
-        seconds = {"wall": round(time.perf_counter() - start, 3), "cpu": round(time.process_time() - cpu, 3)}
-        for kind, more in facts.get("resumed", {}).get("seconds_before", {}).items():
-            seconds[kind] = round(seconds[kind] + more, 3)
+        seconds = _seconds_since(start, cpu, facts.get("resumed", {}).get("seconds_before", {}))
         report = make_report(plan, results, promises_step, {**facts, "seconds": seconds} | ({"left_out": left_out} if left_out else {}))
         if sink.edited: report["proof"]["edited"] = dict(sink.edited)
         report["proof"]["side_files"] = side_digests(writer)

@@ -6,7 +6,7 @@
 __all__ = ['MARKS', 'ModelSource', 'mark_edited', 'ModuleSink', 'replace_module_', 'refuse_save_pretrained', 'finish_',
            'suppressors_of', 'configured', 'as_document', 'sections_of', 'options_of', 'check_call', 'weight_grid',
            'check_model', 'plan_model', 'calibration_for', 'calibrate_model', 'prepare_model', 'note_suppression',
-           'needs_range', 'measures_model', 'quantize_model', 'own_grid', 'adopt', 'is_adopted']
+           'needs_range', 'measures_model', 'quantize_layers', 'quantize_model', 'own_grid', 'adopt', 'is_adopted']
 
 # %% ../../nbs/core/in_memory.ipynb #3eaad71b
 from collections.abc import Iterable, Mapping
@@ -377,6 +377,20 @@ def measures_model(
     blockwise = any(map(is_blockwise, sections["suppressors"]))
     return bool(quantizer.needed_statistics()) or blockwise or needs_range(sections)
 
+# %% ../../nbs/core/in_memory.ipynb #b6adc847
+def quantize_layers(
+    quantizer, # Configured
+    plan:Plan, # What will be done
+    source,    # Hands out tensors by name
+    sink,      # Takes what was quantized
+):
+    "Quantize each planned Linear from its weight alone."
+    shown, say = with_words(progress, description="quantizing")
+    for layer in shown(plan.quantized):
+        quantized, result = quantize_layer(quantizer, layer, source.tensor(f"{layer.name}.weight"), None)
+        sink.put(layer, quantized, result)
+        say([result])
+
 # %% ../../nbs/core/in_memory.ipynb #91cc8c97
 @torch.no_grad()
 def quantize_model(
@@ -411,11 +425,7 @@ def quantize_model(
         if measures:
             calibrate_model(quantizer, model, adapter, plan, found, sections["calibration"], sink, blockwise)
         else:
-            shown, say = with_words(progress, description="quantizing")
-            for layer in shown(plan.quantized):
-                quantized, result = quantize_layer(quantizer, layer, source.tensor(f"{layer.name}.weight"), None)
-                sink.put(layer, quantized, result)
-                say([result])
+            quantize_layers(quantizer, plan, source, sink)
     for suppressor in blockwise: note_suppression(model, suppressor)
     return finish_(model, plan)
 
