@@ -19,7 +19,7 @@ from .utils.logging import setup_logging
 from .utils.recipe_keys import KEYS, Key
 from .utils.yaml_file import parse_yaml
 
-# %% ../nbs/cli.ipynb #4f1ecd64
+# %% ../nbs/cli.ipynb #a36535c4
 def _once(
     action:argparse.Action, # That of a flag; remembers
     flag:str,               # As given
@@ -43,6 +43,7 @@ class _Switch(argparse.BooleanOptionalAction):
         _once(self, flag, not flag.startswith("--no-"))
         super().__call__(parser, namespace, value, flag)
 
+# %% ../nbs/cli.ipynb #4f1ecd64
 class _Parser(argparse.ArgumentParser):
     "argparse whose errors are `UsageError`s, and whose flags have one value."
     def __init__(self, **kwargs):

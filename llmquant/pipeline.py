@@ -175,13 +175,14 @@ def run_in_memory(
     return export_model(model, adapter, recipe.output_path, source.path,
                         format=recipe.format, container=recipe.container, **kwargs)
 
-# %% ../nbs/pipeline.ipynb #64b450db
+# %% ../nbs/pipeline.ipynb #a708fc88
 def run(
     recipe:Recipe, # From `resolve`
 ) -> dict:         # The report
     "Quantize a checkpoint and write the export; raises before anything is written, or leaves nothing half-written."
     with quieted(recipe.quiet): return _run(recipe)
 
+# %% ../nbs/pipeline.ipynb #64b450db
 def _run(recipe:Recipe) -> dict:
     "`run`, however loud."
     torch.manual_seed(recipe.seed)
