@@ -6,7 +6,7 @@
 __all__ = ['run_command', 'main']
 
 # %% ../nbs/cli.ipynb #6a188a36
-import argparse, os, re, signal, sys, threading
+import argparse, gc, os, re, signal, sys, threading
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from math import isfinite
@@ -105,6 +105,16 @@ def _assignments(
         values[path] = value
     return values
 
+# %% ../nbs/cli.ipynb #d41014b8
+def _import_torch():
+    "Import torch without the garbage collector, which would look through what stays anyway."
+    if "torch" in sys.modules or not gc.isenabled(): return
+    gc.disable()
+    try: import torch
+    finally:
+        gc.freeze()
+        gc.enable()
+
 # %% ../nbs/cli.ipynb #b2b1e3f4
 def _recipe(
     arguments:argparse.Namespace, # With the recipe's flags
@@ -114,6 +124,7 @@ def _recipe(
     by_name, given = {key.name: key for key in KEYS}, vars(arguments)
     missing = [key.flag for key in KEYS if key.flag in needed and key.name not in given]
     if missing: raise UsageError(f"{' and '.join(missing)} must be given (see llmquant --help)")
+    _import_torch()
     from llmquant.utils.config import resolve
     values = {name: _typed(by_name[name], value) if isinstance(value, str) else value
               for name, value in given.items() if name in by_name}
@@ -149,12 +160,14 @@ def _check(arguments) -> str:
 # %% ../nbs/cli.ipynb #e7ccee50
 def _list(arguments) -> str:
     "List methods, adapters, suppressors and formats."
+    _import_torch()
     from llmquant.summary import list_text
     return list_text(arguments.verbose)
 
 # %% ../nbs/cli.ipynb #42cfcf6a
 def _info(arguments) -> str:
     "Say what a checkpoint or an export is."
+    _import_torch()
     from llmquant.pipeline import info
     from llmquant.summary import info_text
     return info_text(info(arguments.path))
@@ -165,6 +178,7 @@ def _verify(arguments) -> str:
     bound = None if arguments.bound is None else parse_yaml(arguments.bound, "--bound")[0]
     if arguments.bound is not None and (type(bound) not in (int, float) or not isfinite(bound) or bound <= 0):
         raise UsageError(f"--bound: {arguments.bound!r} is no positive number; give a mean KL divergence such as 1e-4")
+    _import_torch()
     from llmquant.evaluation.proof import verify
     from llmquant.export import REPORT, verdict, verdict_writer
     from llmquant.summary import proof_text

@@ -32,7 +32,6 @@ from .core.scheme import dtype_name
 from .core.suppress import bare, compare_presented, presented
 from .core.text_config import text_config
 from .core.walk import walk, with_words
-from .evaluation.proof_config import read_report
 from .export import REPORT, export_model, write_export
 from .utils.config import Recipe, recipe_to_dict, resolve
 from .utils.logging import progress, quieted
@@ -271,6 +270,7 @@ def count_parameters(
     packed = [n for n in source.tensors if n.rpartition(".")[2] in PACKED]
     plain = sum(prod(i.shape) for n, i in source.tensors.items() if n not in packed)
     if not packed: return plain
+    from llmquant.evaluation.proof_config import read_report # of exports, which a run does not read
     try: layers = read_report(source.path)["layers"]
     except UsageError: return None # none, or damaged: verify says how
     bytewise = sum(prod(i.shape) for n, i in source.tensors.items() if n.removesuffix(".weight") in layers)

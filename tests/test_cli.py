@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import yaml
 
 import llmquant
@@ -496,6 +497,33 @@ def test_version_is_fast(tmp_path):
     assert (done.returncode, done.stdout) == (0, f"llmquant {llmquant.__version__}\nFalse\n"), done.stderr
     done = shell("-c", probe, "--bitz", "4", cwd=tmp_path)
     assert done.stdout == "False\n" and "did you mean '--bits'?" in done.stderr
+
+
+def test_python_dash_m(tmp_path):
+    "`python -m llmquant` is the command `llmquant`: the same texts and the same exit status, from any folder."
+    for arguments in ["--version"], ["check", "--help"], ["--bitz", "4"], ["check", "--model-path", "nowhere"]:
+        module = shell("-m", "llmquant", *arguments, cwd=tmp_path)
+        script = shell(str(ROOT / "quantize.py"), *arguments, cwd=tmp_path)
+        assert (module.returncode, module.stdout, module.stderr) == (script.returncode, script.stdout, script.stderr)
+    assert module.returncode == 2 and "nowhere: does not exist" in module.stderr
+
+
+RARELY = ("llmquant.checkpoint.gguf", "llmquant.checkpoint.gguf_config", "llmquant.checkpoint.gguf_model", "gguf",
+          "llmquant.evaluation.proof", "llmquant.evaluation.proof_config", "llmquant.evaluation.vllm_check",
+          "llmquant.formats.unpackers", "llmquant.outlier_suppression.site_trial", "tqdm.auto",
+          "datasets", "matplotlib", "transformers", "vllm")
+
+
+def test_a_run_imports_what_it_needs(tmp_path):
+    "Weights alone: nothing is read that only a GGUF, a search, a verification or a notebook needs."
+    base = tiny.make("llama", tmp_path / "base")
+    probe = ("import sys\nfrom llmquant.cli import main\nstatus = main(sys.argv[1:])\n"
+             "print(*sorted(sys.modules), sep='\\n', file=open('modules', 'w'))\nsys.exit(status)")
+    done = shell("-c", probe, "--model-path", str(base), "--output-path", "out", "--group-size", "32", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    read = (tmp_path / "modules").read_text().split()
+    assert "llmquant.quantizers.minmax_quantizer" in read and "torch" in read
+    assert not {*RARELY} & {*read}, sorted({*RARELY} & {*read})
 
 
 def test_options_of_a_suppressor_that_is_not_in_use_are_refused_on_a_command_line():

@@ -14,7 +14,7 @@ from nbdev.clean import nbdev_clean
 from nbdev.config import get_config
 from nbdev.doclinks import nbdev_export, nbglob
 
-HAND_WRITTEN = {"__init__.py", "_modidx.py", "_render.py"}
+HAND_WRITTEN = {"__init__.py", "__main__.py", "_modidx.py", "_render.py"}
 DEFAULT_EXP = re.compile(r"^#\s*\|\s*default_exp\s+(\S+)", re.M)
 
 

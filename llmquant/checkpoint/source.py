@@ -22,8 +22,6 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 
-from .gguf import read_gguf_header, type_name
-from .gguf_model import GGUFModel, convert_gguf, write_tokenizer
 from .scaled import find_scaled, multiplied, without_scales
 from .shard import TensorInfo, as_bytes, open_shard, plan_shard, read_header, read_tensor
 from .side_files import PICKLES, find_side_files
@@ -288,6 +286,8 @@ class GGUFSource(CheckpointSource):
     def __init__(self,
         path, # of the .gguf file
     ):
+        from llmquant.checkpoint.gguf import read_gguf_header # here and below: only a GGUF needs them
+        from llmquant.checkpoint.gguf_model import GGUFModel
         self.origin, self.dtype = Path(path), torch.float32
         self._temporary, self._filled = tempfile.TemporaryDirectory(prefix="llmquant-gguf-"), set()
         self._file = self._converted = self.digests = None
@@ -323,6 +323,7 @@ def file_bytes(self:GGUFSource)->int:
 @patch
 def types(self:GGUFSource)->str:
     "Which block types the tensors have, the one with the most bytes first."
+    from llmquant.checkpoint.gguf import type_name
     sizes, counts = Counter(), Counter()
     for tensor in self.model.header.tensors.values():
         sizes[tensor.type] += tensor.nbytes
@@ -333,6 +334,7 @@ def types(self:GGUFSource)->str:
 def _as_a_whole(self:GGUFSource)->CheckpointSource:
     "The checkpoint that transformers made."
     if self._converted is None:
+        from llmquant.checkpoint.gguf_model import convert_gguf
         convert_gguf(self.origin, Path(self._temporary.name))
         self._converted = CheckpointSource(self._temporary.name, origin=self.origin)
     return self._converted
@@ -368,6 +370,7 @@ def side_files(self:GGUFSource)->list: # of Path
 def _write_side_files(self:GGUFSource, folder:Path):
     "Everything but the weights; config.json as this package read it."
     (folder / "keys.gguf").unlink(missing_ok=True)
+    from llmquant.checkpoint.gguf_model import write_tokenizer
     write_tokenizer(self.origin, folder)
     if self.model.model.can_generate(): self.model.model.generation_config.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(self.config, indent=2), encoding="utf-8")

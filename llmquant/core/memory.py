@@ -233,7 +233,8 @@ def _input_of(name:str) -> str:
 # %% ../../nbs/core/memory.ipynb #88631f10
 def resident() -> int:
     "Bytes that this process holds now; 0 where the system does not say."
-    try: pages = int(Path("/proc/self/statm").read_text().split()[1])
+    try:
+        with open("/proc/self/statm", "rb", buffering=0) as file: pages = int(file.read(256).split()[1])
     except OSError: return 0
     return pages * os.sysconf("SC_PAGE_SIZE")
 

@@ -17,7 +17,6 @@ from ..core.names import natural_key
 from ..core.options import Option
 from ..core.scheme import dtype_name
 from ..core.smoothing import shift_obstacle
-from .site_trial import record
 from .smoothing_site import SiteSuppressor, SmoothingSite
 
 # %% ../../nbs/outlier_suppression/outlier_suppression_v2.ipynb #afc931b2
@@ -99,7 +98,7 @@ class OutlierSuppressionV2(SiteSuppressor):
         "Shift one site if that is exact, then search threshold and strength and fold in the scale."
         site.check_alive(site.gather(site.stats.maxima), self.name)
         reason = site.shift_by_middle()
-        if not reason: record([site]) # its input is another one now
+        if not reason: self._record([site]) # its input is another one now
         sizes, best, errors = site.gather(site.stats.maxima), None, {}
         if sizes.any(): # a shift alone can make all of them zero
             best, factors, errors = site.find_scale(sizes)

@@ -17,7 +17,6 @@ from ..core.model_registry import ModelRegistry
 from ..core.outlier_suppression_registry import BaseOutlierSuppressor
 from ..core.smoothing import SmoothingPair, check_members, fold, shift
 from ..core.statistics import LayerStats
-from .site_trial import Trial, is_stale, record
 
 # %% ../../nbs/outlier_suppression/smoothing_site.ipynb #28b6b3c7
 @dataclass
@@ -28,7 +27,7 @@ class SmoothingSite:
     producer: nn.Module                # A norm or a Linear
     consumers: list[nn.Module]         # Every Linear that reads it
     quantized: list[str] = field(default_factory=list) # Names of the consumers that will be quantized
-    trial: Trial|None = None           # What candidates are judged by, once it is recorded
+    trial: object = None               # The `Trial` that candidates are judged by, once it is recorded
 
     @property
     def is_norm(self) -> bool:
@@ -215,7 +214,7 @@ def settled(self:SmoothingSite,
 
 # %% ../../nbs/outlier_suppression/smoothing_site.ipynb #5746c1fb
 class SiteSuppressor(BaseOutlierSuppressor):
-    "A suppressor that edits a block's smoothing sites one by one."
+    "A suppressor that edits a block's smoothing sites one by one; the module of trials is read by those that search."
     def edit_site(self,
         site:SmoothingSite, # A pair in its block
     ):
@@ -229,11 +228,10 @@ class SiteSuppressor(BaseOutlierSuppressor):
         "Edit every site of a block; `UsageError` for an architecture without pairs."
         sites = sites_of(view, self.name, self.current().get("folding") == "norms")
         while sites:
-            if self.searches() and sites[0].trial is None: record(sites)
+            if self.searches() and sites[0].trial is None: self._record(sites)
             site = sites.pop(0)
             self.edit_site(site)
-            for other in sites:
-                if other.trial and is_stale(other.trial, site): other.trial = None
+            self._forget_stale(sites, site)
             site.trial = None
 
     @torch.no_grad()
@@ -243,5 +241,17 @@ class SiteSuppressor(BaseOutlierSuppressor):
     ):
         "Edit one pair; nothing happens when none of its consumers will be quantized."
         if not (site := site_of(pair, view)): return
-        if self.searches(): record([site])
+        if self.searches(): self._record([site])
         self.edit_site(site)
+
+    def _record(self, sites:list[SmoothingSite]):
+        "Record what candidates for these sites are judged by."
+        from llmquant.outlier_suppression.site_trial import record
+        record(sites)
+
+    def _forget_stale(self, sites:list[SmoothingSite], edited:SmoothingSite):
+        "Forget the trials of sites that an edit has reached."
+        if not any(site.trial for site in sites): return
+        from llmquant.outlier_suppression.site_trial import is_stale
+        for site in sites:
+            if site.trial and is_stale(site.trial, edited): site.trial = None

@@ -10,13 +10,12 @@ import io, logging, os, sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from tqdm import tqdm as terminal_bar
-from tqdm.auto import tqdm
 
 # %% ../../nbs/utils/logging.ipynb #25e87fd1
 class _Handler(logging.Handler):
     "Writes to the present stderr, above any progress bar."
     def emit(self, record):
-        tqdm.write(self.format(record), file=sys.stderr)
+        terminal_bar.write(self.format(record), file=sys.stderr)
 
 # %% ../../nbs/utils/logging.ipynb #cca0a5d9
 def setup_logging(
@@ -66,7 +65,9 @@ def in_notebook() -> bool:
 def _form() -> type|None: # A kind of bar, None for silence
     "What suits whoever watches."
     ours = logging.getLogger("llmquant")
-    if in_notebook(): return tqdm if ours.level <= logging.INFO else None # NOTSET, as in a library call, is no wish
+    if in_notebook():
+        from tqdm.auto import tqdm # with widgets, which only a notebook has
+        return tqdm if ours.level <= logging.INFO else None # NOTSET, as in a library call, is no wish
     if not ours.isEnabledFor(logging.INFO): return None
     return terminal_bar if sys.stderr.isatty() else _Lines
 
