@@ -136,3 +136,33 @@ def test_memory_in_the_readme_is_what_was_measured(page):
     assert shown == {kind: "{predicted_mib} MiB | {measured_mib} MiB".format(**rows[f"{model}, minmax"])
                      for kind, model in models.items()}
     assert len(re.findall(r"\d+ (?:MiB|CPU seconds)", table)) == 4  # no figure beside them
+
+
+def test_a_row_of_served_perplexity_is_measured_again(tmp_path, monkeypatch):
+    "The chosen one, with --fresh; it says what vLLM was told, and its machine where that is not the file's."
+    import measure_served
+    count, out = iter(range(1, 99)), tmp_path/"served.json"
+    said = {"dtype": "float32", "kernels": {"a": "Kernel"}, "parts": {}}
+    monkeypatch.setattr(measure_served, "bench_of", lambda *_: None)
+    monkeypatch.setattr(measure_served, "exported", lambda *_: (tmp_path, 0.0))
+    monkeypatch.setattr(measure_served, "dtype_of", lambda *_: "float32")
+    monkeypatch.setattr(measure_served, "simulated", lambda *_: 100.0)
+    monkeypatch.setattr(measure_served, "served", lambda *_: (100 + next(count) / 10, said))
+
+    def run(processor, *more):
+        monkeypatch.setattr(measure_served, "machine", lambda: {"processor": processor})
+        words = ["measure_served.py", "--calibration", "x", "--text", "y", "--out", str(out), *more]
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as end: measure_served.main()
+        assert end.value.code == 0
+        found = json.loads(out.read_text())
+        return found["machines"], {row["words"]: (row["served"], row.get("machine")) for row in found["rows"]}
+
+    chosen = ["--rows", "^(float|W8A8 dynamic, as it is)$"]
+    machines, first = run("first", *chosen)
+    assert first == {"float": (100.1, None), "W8A8 dynamic, as it is": (100.2, None)}
+    assert run("second", *chosen) == (machines, first)
+    machines, rows = run("second", "--rows", "^float$", "--fresh")
+    assert machines == {"cpu": {"processor": "first"}} and rows["W8A8 dynamic, as it is"] == (100.2, None)
+    assert rows["float"] == (100.3, {"processor": "second"})
+    assert {row["environment"] for row in json.loads(out.read_text())["rows"]} == {"VLLM_CPU_INT4_W4A8=0"}
