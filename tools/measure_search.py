@@ -34,6 +34,7 @@ def model_and_ids(folder, blocks, windows, length):
     else:
         config = AutoConfig.from_pretrained(folder)
         config.num_hidden_layers = blocks
+        if kinds := getattr(config, "layer_types", None): config.layer_types = kinds[:blocks]
         model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).eval()
         tokenizer = None
     if tokenizer is None:
@@ -147,7 +148,7 @@ def main():
             choices = {when: {block: f["choices"] for block, f in side.items()} for when, side in found.items()}
             judged = child(ROOT, given, model, suppressor, choices)
             for when, side in found.items(): own[when] = {b: {**side[b], **judged[b][when]} for b in side}
-    out.write_text(json.dumps(results, indent=1) + "\n")
+            out.write_text(json.dumps(results, indent=1) + "\n") # what is measured is not lost with the rest
 
 
 if __name__ == "__main__":
