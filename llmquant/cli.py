@@ -16,7 +16,7 @@ from typing import Any
 from . import __version__
 from .core.errors import LLMQuantError, UsageError, closest
 from .utils.logging import setup_logging
-from .utils.recipe_keys import KEYS, Key
+from .utils.recipe_keys import BY_NAME, KEYS, Key
 from .utils.yaml_file import parse_yaml
 
 # %% ../nbs/cli.ipynb #a36535c4
@@ -59,8 +59,10 @@ class _Parser(argparse.ArgumentParser):
         "Parse, and refuse what is left over."
         namespace, unknown = self.parse_known_args(arguments)
         if unknown:
-            flag = unknown[0].partition("=")[0]
-            self.error(f"unknown argument {flag}{closest(flag, re.findall(r'--[a-z][a-z-]+', self.format_help()))}")
+            flag, known = unknown[0].partition("=")[0], re.findall(r"--[a-z][a-z-]+", self.format_help())
+            bare = not flag.startswith("-") and "--model-path" in known
+            hint = f"; it stands behind no flag, and a model is given as --model-path {flag}" if bare else closest(flag, known)
+            self.error(f"unknown argument {flag}{hint}")
         return namespace
 
 # %% ../nbs/cli.ipynb #6508576c
@@ -103,7 +105,8 @@ def _assignments(
         if values.get(path, value) != value:
             raise UsageError(f"--set {path} is given twice with different values; keep one of them")
         values[path] = value
-    return values
+    dotted = lambda name: BY_NAME[name].path or name if name in BY_NAME else f"quantization.{name}"
+    return {dotted(path) if value is None and "." not in path else path: value for path, value in values.items()}
 
 # %% ../nbs/cli.ipynb #d41014b8
 def _import_torch():
@@ -123,7 +126,7 @@ def _recipe(
     "The recipe that the command line and its file describe."
     by_name, given = {key.name: key for key in KEYS}, vars(arguments)
     missing = [key.flag for key in KEYS if key.flag in needed and key.name not in given]
-    if missing: raise UsageError(f"{' and '.join(missing)} must be given (see llmquant --help)")
+    if missing: raise UsageError(f"{' and '.join(missing)} must be given (see llmquant {arguments.verb} --help)")
     _import_torch()
     from llmquant.utils.config import resolve
     values = {name: _typed(by_name[name], value) if isinstance(value, str) else value
@@ -197,7 +200,7 @@ def _make_parser() -> tuple[_Parser, dict[str, _Parser]]: # The whole command, a
     verbs, parsers = parser.add_subparsers(metavar="VERB"), {}
     for verb, function in _VERBS.items():
         parsers[verb] = verbs.add_parser(verb, help=function.__doc__, description=function.__doc__, allow_abbrev=False)
-        parsers[verb].set_defaults(function=function)
+        parsers[verb].set_defaults(function=function, verb=verb)
         if verb in ("quantize", "check"): _add_recipe_flags(parsers[verb])
         else: _add_loudness(parsers[verb], quiet=verb == "verify")
     parsers["info"].add_argument("path", metavar="PATH", help="a checkpoint or an export")
@@ -234,7 +237,10 @@ def run_command(
     if not arguments: parser.error(f"nothing to do; name a model with --model-path, or one of {known}")
     if arguments[0] in ("-h", "--help", "--version"): parser.parse_args(arguments[:1])
     verb, rest = ("quantize", arguments) if arguments[0].startswith("-") else (arguments[0], arguments[1:])
-    if verb not in _VERBS: raise UsageError(f"unknown command {verb!r}; known: {known}{closest(verb, _VERBS)}")
+    if verb not in _VERBS:
+        there = f"; to quantize it write --model-path {verb} --output-path OUT" if os.path.exists(verb) else ""
+        hint = there or closest(verb, [*_VERBS, "--help", "--version"])
+        raise UsageError(f"unknown command {verb!r}; known: {known}{hint}")
     parsed = parsers[verb].parse_all(rest)
     setup_logging(getattr(parsed, "verbose", False), getattr(parsed, "quiet", False))
     return parsed.function(parsed)

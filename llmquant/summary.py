@@ -247,7 +247,7 @@ def _methods_text(verbose:bool) -> str:
     text = ""
     for name in QuantizerRegistry.list_quantizers():
         cls = QuantizerRegistry.get(name)
-        text += f"  {name}: bits {', '.join(map(str, cls().get_supported_bits()))}\n"
+        text += f"  {name}: bits {', '.join(map(str, sorted({*cls().get_supported_bits(), 16})))}\n"
         if verbose: text += aligned(map(option_row, cls.all_options()), 4)
     return text
 

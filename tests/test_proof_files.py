@@ -81,7 +81,8 @@ def test_config_of_another_model(name, key, value, folder, tmp_path):
     theirs = json.loads((folder/"base"/"config.json").read_text())
     export = edited(folder/name, tmp_path/"e", edit=lambda config: config.update({key: value}))
     was = json.dumps(theirs[key]) if key in theirs else "absent"
-    expected = f"config.json: {key} is {json.dumps(value)} in the export and {was} in the reference"
+    expected = (f"config.json: {key} is {json.dumps(value)} in the export and {was} in the reference; give the checkpoint "
+                "that the export was made from")
     assert message(ProofError, export, folder/"base") == expected
 
 

@@ -146,7 +146,7 @@ class CheckpointSource:
         self.path, self.origin = Path(path), origin or path
         if not os.path.isdir(self.path): # False for names that no file system takes, where Path.is_dir raises
             problem = "is no folder" if os.path.exists(self.path) else "does not exist"
-            raise UsageError(f"{self.origin}: {problem}; give the folder of a checkpoint or an export")
+            raise UsageError(f"{self.origin}: {problem}; give the folder of a checkpoint or an export, or a .gguf file")
         self.config = read_model_config(self.path / "config.json")
         self.tensors = self.stored = _read_headers(self.path)
         self.scaled, self.renamed, self._whole = {}, {}, None # see `unscale_`, `rename_` and `with_weights`

@@ -202,4 +202,5 @@ def check_config(config: dict,  # the export's config.json
         theirs = theirs | {key: value for key, value in changed.items() if key in CHANGEABLE}
     if "auto_map" not in config: theirs = {key: value for key, value in theirs.items() if key != "auto_map"} # left out
     if found := difference(config, theirs):
-        raise ProofError(f"config.json: {found[0]} is {found[1]} in the export and {found[2]} in the reference")
+        raise ProofError(f"config.json: {found[0]} is {found[1]} in the export and {found[2]} in the reference; give the "
+                         "checkpoint that the export was made from")
