@@ -21,7 +21,7 @@ from .calibration.own_text import AT_A_TIME, own_text, window_bytes
 from .calibration.tokens import window_length
 from .checkpoint.source import CheckpointSource, fingerprint
 from .core.block_source import compute_dtype, for_checkpoint, pick_device
-from .core.block_flow import flow_of
+from .core.block_flow import BlockFlow, flow_of
 from .core.decoder_walk import Storage, begin, climb
 from .core.errors import UsageError
 from .core.memory import MemoryNeed, available, fit, give_back, mib, predict, predict_data_free, resident
@@ -32,7 +32,6 @@ from .core.plan import Plan
 from .core.suppress import bare
 from .core.text_config import fact
 from .core.walk import LayerResult, with_words
-from .outlier_suppression.site_trial import LEAST
 from .utils.config import Recipe, recipe_to_dict
 from .utils.logging import progress
 from .utils.recipe_keys import KEYS
@@ -128,7 +127,7 @@ def need_of(
     quantizer,               # Configured
     source:CheckpointSource, # The model
     suppressors:tuple=(),    # Configured
-) -> MemoryNeed:
+) -> tuple[MemoryNeed, BlockFlow]: # The peak, and how the decoder calls its blocks
     "The predicted peak, under the ceiling; `UsageError` when it cannot be held."
     for who in (*filter(is_blockwise, suppressors), *([quantizer] if quantizer.edits_blocks() else [])):
         check_pairs(plan, adapter, who, source)
@@ -145,7 +144,7 @@ def need_of(
                    model.config._attn_implementation or "eager",
                    searching_of(plan, tensors, adapter, source.config, suppressors), getattr(source, "edited", None),
                    quantizer.edits_blocks() and "hessian" in wanted, conversion_of(source), flow.per_token)
-    return fit(need, recipe.max_memory)
+    return fit(need, recipe.max_memory), flow
 
 def data_free_need(
     recipe:Recipe,           # Its ceiling
@@ -181,6 +180,7 @@ def search_products(
     "How many multiplications and additions the search takes in one block."
     shape = lambda name: tensors.get(f"{name}.weight", (None, ()))[1]
     found = 2 * block * tokens * 13 // 2 # one pass to record, four and three halves to compare around attention
+    from llmquant.outlier_suppression.site_trial import LEAST # of searches, which most runs do not make
     judged = max(tokens // 2, min(tokens, LEAST))
     for pair in pairs:
         inside = pair.consumers
@@ -286,6 +286,7 @@ def calibrated_carry(
     source:CheckpointSource,  # Where tensors come from
     data:CalibrationData,     # The text
     need:MemoryNeed,          # Says whether hidden states are kept in files
+    flow:BlockFlow,           # As `need_of` found it
     device:str,               # Where to compute
     facts:dict,               # For the report; filled
     suppressors:tuple,        # Configured, of scope "block"
@@ -297,7 +298,7 @@ def calibrated_carry(
     journal = RunJournal(sink.writer, bare(source))
     journal.check()
     edits = quantizer.edits_blocks() or bool(suppressors)
-    blocks = for_checkpoint(source, adapter, device, compute_dtype(device, source.dtype, edits))
+    blocks = for_checkpoint(source, adapter, device, compute_dtype(device, source.dtype, edits), flow)
     storage = Storage(source.dtype, None if need.in_files else "cpu" if device == "cpu" else device,
                       sink.writer.journal.place)
     if journal.done: logger.info("resuming at block %d of 0 to %d", len(journal.done), len(blocks) - 1)

@@ -112,7 +112,7 @@ def preflight(
             return plan, data_free_need(recipe, plan, adapter, source) if streams(quantizer, recipe) else None
         if recipe.calibration["dataset"] != "self": calibration_of(recipe, source)
         else: windows_at_a_time(recipe, source, length_of(recipe, source.config))
-        return plan, need_of(recipe, plan, adapter, quantizer, source, suppressors)
+        return plan, need_of(recipe, plan, adapter, quantizer, source, suppressors)[0]
 
 def check(
     recipe:Recipe, # model_path and what to do
@@ -208,13 +208,13 @@ def _run(recipe:Recipe) -> dict:
             return run_in_memory(recipe, original, quantizer, adapter, suppressors, device=device, **shared)
         measures = calibrates(quantizer, recipe)
         data = calibration_of(recipe, source) if measures else None
-        need = (need_of(recipe, plan, adapter, quantizer, source, suppressors) if measures
-                else data_free_need(recipe, plan, adapter, source))
+        need, flow = (need_of(recipe, plan, adapter, quantizer, source, suppressors) if measures
+                      else (data_free_need(recipe, plan, adapter, source), None))
         if source is not original: tight_memory()
         shared["facts"] |= compare_presented(original, source, suppressors, device)
         if measures:
             carry, more = _calibrated(recipe, plan, adapter, quantizer, source, device, shared["facts"], suppressors,
-                                      data, need)
+                                      data, need, flow)
         else:
             shown, tell = with_words(progress, description="quantizing", unit="tensor")
             carry, more = partial(walk, plan, quantizer, source, device=device, progress=shown, tell=tell), {}
@@ -225,10 +225,10 @@ def _run(recipe:Recipe) -> dict:
 
 # %% ../nbs/pipeline.ipynb #e8ac14e4
 def _calibrated(recipe:Recipe, plan:Plan, adapter, quantizer:BaseQuantizer, source:CheckpointSource, device:str,
-                facts:dict, suppressors:tuple, data:CalibrationData, need:MemoryNeed) -> tuple:
+                facts:dict, suppressors:tuple, data:CalibrationData, need:MemoryNeed, flow) -> tuple:
     "How a calibrated run brings its tensors, and its name for the journal."
     blockwise = tuple(filter(is_blockwise, suppressors))
-    carry = partial(calibrated_carry, recipe, plan, adapter, quantizer, source, data, need, device, facts, blockwise)
+    carry = partial(calibrated_carry, recipe, plan, adapter, quantizer, source, data, need, flow, device, facts, blockwise)
     return carry, {"journal": identity(recipe, source, data, device, suppressors)}
 
 # %% ../nbs/pipeline.ipynb #07d2c45f

@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from llmquant import quantize
+from llmquant.core import block_flow
 from llmquant.core.errors import UsageError
 from llmquant.core.quant_linear import QuantLinear
 from llmquant.core.quantizer_registry import QuantizerRegistry
@@ -274,6 +275,15 @@ report = quantize(path, out, "gptq", bits=4, group_size=32, device="cpu", **json
 peak, = [int(line.split()[1]) >> 10 for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line]
 print(json.dumps([peak, report["memory"]["predicted_peak_mib"], report["calibration"]["hidden_states"]]))
 """
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_the_decoder_is_looked_at_once(checkpoints, tmp_path, monkeypatch, method):
+    "How blocks are called is found before the run, by a pass without weights, and not once more when it begins."
+    passes, real = [], block_flow.watch_calls
+    monkeypatch.setattr(block_flow, "watch_calls", lambda *given: passes.append(given) or real(*given))
+    quantize(checkpoints("llama"), tmp_path / "out", method=method, group_size=32, **KEYS)
+    assert len(passes) == 1
 
 
 def test_a_peak_is_this_process_own():

@@ -89,6 +89,7 @@ def for_checkpoint(
     adapter,           # Its family's adapter
     device:str="cpu",  # Where to compute
     dtype:torch.dtype=torch.float32, # In what
+    flow:BlockFlow|None=None, # How its blocks are called, where somebody has looked already
 ) -> BlockSource:
     "The decoder of a checkpoint."
     there = {*getattr(source, "tensors", ())}
@@ -104,7 +105,9 @@ def for_checkpoint(
         place = places.get(name)
         computed = bool(there) and place is not None and place not in there # by the class, when the model was built
         if name in places and not computed: buffer.copy_(read(name, buffer))
-    return BlockSource(model, adapter, read, device, dtype)
+    found = BlockSource(model, adapter, read, device, dtype)
+    if flow is not None: found.flow = flow # in place of the cached one
+    return found
 
 # %% ../../nbs/core/block_source.ipynb #ce57642c
 def for_model(
