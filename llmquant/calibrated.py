@@ -25,7 +25,7 @@ from .core.block_flow import BlockFlow, flow_of
 from .core.decoder_walk import Storage, begin, climb
 from .core.errors import UsageError
 from .core.memory import MemoryNeed, available, fit, give_back, mib, predict, predict_data_free, resident
-from .core.memory import RANGES, SEARCHED, searching_bytes, tight_memory
+from .core.memory import LEAST, RANGES, SEARCHED, searching_bytes, tight_memory
 from .core.outlier_sizes import model_sizes
 from .core.outlier_suppression_registry import is_blockwise
 from .core.plan import Plan
