@@ -67,7 +67,9 @@ def dequantize(codes: torch.Tensor,   # [out, in] uint8
     return ((grouped - zeros.float()[..., None]) * scales.float()[..., None]).flatten(1).to(scales.dtype)
 
 # %% ../nbs/vllm_plugin.ipynb #a7b167b0
-def native_kernel(config) -> type | None:  # vLLM's MPLinearLayerConfig
+def native_kernel(
+    config,  # vLLM's MPLinearLayerConfig
+) -> type | None:
     "vLLM's own kernel for a layer on this platform, or None."
     from vllm.model_executor.kernels.linear import choose_mp_linear_kernel
     try: kernel = choose_mp_linear_kernel(config)
@@ -75,7 +77,9 @@ def native_kernel(config) -> type | None:  # vLLM's MPLinearLayerConfig
     return None if kernel is repack_kernel() else kernel
 
 # %% ../nbs/vllm_plugin.ipynb #6c5dea63
-def container(config):  # vLLM's MPLinearLayerConfig of a 2- or 3-bit layer
+def container(
+    config,  # vLLM's MPLinearLayerConfig of a 2- or 3-bit layer
+):
     "The configuration of the same layer in the 4-bit container, or None when it is no wider than the layer."
     from vllm.scalar_type import scalar_types
     if config.weight_type.size_bits >= 4: return None
@@ -174,7 +178,9 @@ def sizes_in(value,           # of a configuration: a number, a list with one fo
     "The sizes that one value of a configuration names."
     return {size for size in (value if isinstance(value, (list, tuple)) else [value]) if size}
 
-def layer_sizes(hf_config) -> set[int]:  # a transformers configuration
+def layer_sizes(
+    hf_config,  # a transformers configuration
+) -> set[int]:
     "The in_features and out_features that a decoder's Linears have, as far as its configuration tells."
     text = hf_config.get_text_config()
     def read(name): return sizes_in(getattr(text, name, None))

@@ -11,11 +11,25 @@ PACKAGE = Path(__file__).parent.parent / "llmquant"
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if not path.name.startswith("_"))
 
 
+def one_line(function):
+    "Whether all of a signature is on the line of its `def`."
+    given = function.args
+    every = [*given.posonlyargs, *given.args, given.vararg, *given.kwonlyargs, given.kwarg, function.returns]
+    here = all(part.end_lineno == function.lineno for part in every if part)
+    return here and function.body[0].lineno == function.lineno + 1
+
+
 def undescribed(source):
     "Names without a docstring, and parameters and fields without a comment on their lines, of what is public."
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {token.start[0] for token in tokens if token.type == tokenize.COMMENT}
     tree, found = ast.parse(source), []
+    # a comment behind a signature that is one line is read as that of what comes back
+    comments -= {
+        node.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and one_line(node)
+    }
 
     def bare(node):
         return comments.isdisjoint(range(node.lineno, node.end_lineno + 1))
@@ -57,6 +71,8 @@ def whole(
 ): "Done."
 def lacking(a, b): "One line."
 def silent(): return 1
+def returning(a) -> int: # what comes back
+    "One."
 def _private(a): return a
 class Box:
     "Holds."
@@ -73,7 +89,7 @@ class _Own:
     def method(self, a): return a
 class Mute: pass
 '''
-    assert undescribed(source) == ["the module", "lacking(a)", "lacking(b)", "silent", "Box.bare", "Box.__init__(given)",
-                                   "Box.method(right)", "Mute"]  # fmt: skip
+    assert undescribed(source) == ["the module", "lacking(a)", "lacking(b)", "silent", "returning(a)", "Box.bare",
+                                   "Box.__init__(given)", "Box.method(right)", "Mute"]  # fmt: skip
     assert undescribed('"Nothing."') == []
     assert len(MODULES) > 90

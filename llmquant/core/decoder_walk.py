@@ -204,7 +204,12 @@ def deliver(
     return [result for _, result in found]
 
 # %% ../../nbs/core/decoder_walk.ipynb #2f5af7f8
-def record_of(walk:BlockWalk, index:int, found:list, edited:dict[str, str]) -> dict: # Plain values
+def record_of(
+    walk:BlockWalk,        # Behind the block
+    index:int,             # Of the block
+    found:list,            # (QuantizedWeight, LayerResult) of each Linear
+    edited:dict[str, str], # Tensor name to the digest of what was written
+) -> dict:                 # Plain values
     "One block for the journal."
     own = {"suppressed": walk.suppressed[index]} if index in walk.suppressed else {}
     return own | {"apart": walk.in_float is not walk.stream, "passes": walk.passes, "edited": edited,

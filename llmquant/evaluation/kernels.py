@@ -30,7 +30,9 @@ def prepare_process():
 # %% ../../nbs/evaluation/kernels.ipynb #438f42b7
 W4A8 = "VLLM_CPU_INT4_W4A8"
 
-def set_w4a8(on: bool):  # as a server's default has it
+def set_w4a8(
+    on: bool,  # as a server's default has it
+):
     "Let the next model that vLLM loads multiply 4-bit weights with 8-bit activations, or not."
     from vllm import envs
     if hasattr(envs, "disable_envs_cache"): envs.disable_envs_cache()
@@ -116,7 +118,9 @@ def default_is_w4a8(path: str | Path,  # an export
     return tiles and model_config(path, quantization).dtype == torch.bfloat16
 
 # %% ../../nbs/evaluation/kernels.ipynb #643642ea
-def kernel_of(module):  # a Linear of vLLM, loaded
+def kernel_of(
+    module,  # a Linear of vLLM, loaded
+):
     "The kernel object that vLLM attached, or None."
     holders = [holder for holder in (getattr(module, "scheme", None), module.quant_method) if holder is not None]
     held = (value for holder in holders for value in vars(holder).values())

@@ -123,7 +123,10 @@ def sampled(
     return engine.generate([half], greedy, use_tqdm=False)[0].outputs[0]
 
 # %% ../../nbs/evaluation/vllm_check.ipynb #5f954cd4
-def teacher_forced(engine, job: Job) -> list[np.ndarray]:  # per prompt [tokens - 1, k, 2]
+def teacher_forced(
+    engine,  # from `load_engine`
+    job: Job,  # whose prompts they are
+) -> list[np.ndarray]:  # per prompt [tokens - 1, k, 2]
     "The likeliest tokens and their log-probabilities at every position of all prompts."
     from vllm import SamplingParams
     settings = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=job.top, detokenize=False)
@@ -243,7 +246,9 @@ def load_answer(
     return Answer(ids, logprobs, tuple(rest.pop("sample_ids")), **rest)
 
 # %% ../../nbs/evaluation/vllm_check.ipynb #50764394
-def main(job_file: str | Path):  # a JSON list of jobs; answers are written beside it
+def main(
+    job_file: str | Path,  # a JSON list of jobs; answers are written beside it
+):
     "The child: answer every job that has no answer yet."
     prepare_process()
     folder = Path(job_file).parent

@@ -55,14 +55,19 @@ class Architecture:
     keep: tuple = ("e_score_correction_bias",)  # parts of names of tensors that keep their dtype
     seen: dict = {}                   # configuration and sites that were looked at last
 
-    def linear_sites(self, config: dict, shapes: dict) -> list[LinearSite]: # config.json; tensor name -> shape
+    def linear_sites(self,
+        config: dict,      # config.json, parsed
+        shapes: dict,      # tensor name -> shape
+    ) -> list[LinearSite]:
         "Every Linear of the checkpoint, in natural order, each with its fate and the reason."
         by_names = config.get("model_type") in self.model_types and any(n.startswith(f"{self.blocks}.") for n in shapes)
         sites = (sites_by_names if by_names else sites_by_skeleton)(self, config, shapes)
         self.seen = {"config": config, "sites": sites}
         return sites
 
-    def fused_groups(self, sites: list) -> list[tuple[str, ...]]: # from linear_sites
+    def fused_groups(self,
+        sites: list,            # from `linear_sites`
+    ) -> list[tuple[str, ...]]:
         "Module names that vLLM fuses: one scheme, all quantized or none."
         return group_sites(sites, self.fused_table().groups)
 
@@ -72,17 +77,25 @@ class Architecture:
         table, why = served_table(vllm_folder(), tuple(filter(lambda name: isinstance(name, str), architectures)))
         return table or FusedTable(self.fused, f"the adapter's table; {why}")
 
-    def smoothing_pairs(self, config: dict, block: int) -> tuple: # config.json; index -> SmoothingPair, ...
+    def smoothing_pairs(self,
+        config: dict, # config.json, parsed
+        block: int,   # index
+    ) -> tuple:       # `SmoothingPair`s
         "Where a block's inputs may be rescaled without changing its function; () where nobody has said."
         return ()
 
-    def rotation_sites(self, config: dict, shapes: dict): # config.json; tensor name -> shape; -> RotationSites or None
+    def rotation_sites(self,
+        config: dict, # config.json, parsed
+        shapes: dict, # tensor name -> shape
+    ):                # `RotationSites` or None
         "What touches the residual stream and where values are made; None where nobody has said."
         return common_sites(config, shapes)
 
 # %% ../../nbs/models/base_adapter.ipynb #b8df2df4
 @patch
-def block_of(self:Architecture, name: str) -> int|None: # module or tensor name
+def block_of(self:Architecture,
+    name: str, # of a module or a tensor
+) -> int|None:
     "Index of the decoder block that `name` is in, None outside."
     if self.blocks: return split_block(name, self.blocks)[0]
     found = re.search(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.", name)
@@ -90,13 +103,17 @@ def block_of(self:Architecture, name: str) -> int|None: # module or tensor name
 
 # %% ../../nbs/models/base_adapter.ipynb #89fa06e3
 @patch
-def keep_dtype(self:Architecture, name: str) -> bool: # tensor name
+def keep_dtype(self:Architecture,
+    name: str, # of a tensor
+) -> bool:
     "Whether a tensor keeps its own dtype whatever the export's is."
     return any(part in name for part in self.keep)
 
 # %% ../../nbs/models/base_adapter.ipynb #fe700dbb
 @patch
-def other_names(self:Architecture, names: list[str]) -> list[str]: # layers left in float -> further names of theirs
+def other_names(self:Architecture,
+    names: list[str], # of the layers left in float
+) -> list[str]:       # further names of theirs
     "Names under which vLLM looks for some of these layers, of the checkpoint that was looked at last."
     return served_names(self.seen.get("config", {}).get("model_type"), names)
 
@@ -176,13 +193,18 @@ class BaseHuggingFaceAdapter(Architecture):
     "Knows one family of architectures; this class itself serves every causal language model of transformers."
     trust_remote_code = False         # what vllm_config.json says: the recipe's value
 
-    def get_layers(self, model: nn.Module) -> list[nn.Module]: # transformers model
+    def get_layers(self,
+        model: nn.Module, # transformers model
+    ) -> list[nn.Module]:
         "The decoder's blocks, in order."
         found = list(find_blocks(model)[1])
         self.seen = {"config": model.config.to_dict()}
         return found
 
-    def get_layer_by_name(self, model: nn.Module, layer_name: str) -> nn.Module: # model; dotted module name
+    def get_layer_by_name(self,
+        model: nn.Module, # transformers model
+        layer_name: str,  # dotted
+    ) -> nn.Module:
         "The module called `layer_name`; UsageError with the closest name when there is none."
         return find_module(model, layer_name)
 
@@ -190,7 +212,9 @@ class BaseHuggingFaceAdapter(Architecture):
         "The family's facts, and those of the checkpoint or model that was looked at last."
         return describe(self)
 
-    def checkpoint_tensors(self, model: nn.Module) -> dict[str, Tensor]: # transformers model
+    def checkpoint_tensors(self,
+        model: nn.Module,   # transformers model
+    ) -> dict[str, Tensor]: # by name
         "What `save_pretrained` would write: checkpoint name -> tensor (possibly a view); of a QuantLinear its bias."
         return on_disk(model, saved_state(model))
 

@@ -48,7 +48,10 @@ class DeepSeekAdapter(BaseHuggingFaceAdapter):
              "mlp.down_proj|mlp.experts.*.down_proj|mlp.experts.down_proj")
     fused = (("q_a_proj", "kv_a_proj_with_mqa"), ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
-    def smoothing_pairs(self, config: dict, block: int) -> tuple[SmoothingPair, ...]: # config.json; index
+    def smoothing_pairs(self,
+        config: dict,               # config.json, parsed
+        block: int,                 # index
+    ) -> tuple[SmoothingPair, ...]:
         "Those of latent attention and of the dense MLP or the shared experts."
         if config.get("model_type") not in self.model_types: return ()
         at = f"{self.blocks}.{block}"
@@ -56,7 +59,10 @@ class DeepSeekAdapter(BaseHuggingFaceAdapter):
         if not is_mixture(config, block): return pairs + dense_mlp_pairs(at)
         return pairs + ((mlp_pair(f"{at}.mlp.shared_experts"),) if config.get("n_shared_experts") else ())
 
-    def rotation_sites(self, config: dict, shapes: dict): # config.json; tensor name -> shape; -> RotationSites or None
+    def rotation_sites(self,
+        config: dict, # config.json, parsed
+        shapes: dict, # tensor name -> shape
+    ):                # `RotationSites` or None
         "The stream; values only where they have a Linear of their own, as in the first DeepSeek."
         if config.get("model_type") not in self.model_types: return super().rotation_sites(config, shapes)
         return stream_sites(STREAM, config, shapes, value_sites(config, shapes))

@@ -28,14 +28,20 @@ class GPTNeoXAdapter(BaseHuggingFaceAdapter):
     floats = {"attention.bias": "causal mask", "attention.masked_bias": "constant of the causal mask"}
     needs, fused = linears, ()
 
-    def smoothing_pairs(self, config: dict, block: int) -> tuple[SmoothingPair, ...]: # config.json; index
+    def smoothing_pairs(self,
+        config: dict,               # config.json, parsed
+        block: int,                 # index
+    ) -> tuple[SmoothingPair, ...]:
         "Each norm to the Linear that reads it; GELU lets no factor through, and values share a tensor with q and k."
         if config.get("model_type") not in self.model_types: return ()
         at = f"{self.blocks}.{block}"
         return tuple(SmoothingPair(f"{at}.{norm}", tuple(f"{at}.{name}" for name in readers))
                      for norm, readers in NEOX.norms.items())
 
-    def rotation_sites(self, config: dict, shapes: dict): # config.json; tensor name -> shape; -> RotationSites or None
+    def rotation_sites(self,
+        config: dict, # config.json, parsed
+        shapes: dict, # tensor name -> shape
+    ):                # `RotationSites` or None
         "The stream, and values as the last third of each head's rows."
         if config.get("model_type") not in self.model_types: return super().rotation_sites(config, shapes)
         known = text_config(config)
@@ -61,7 +67,10 @@ class OPTAdapter(BaseHuggingFaceAdapter):
     linears = (*(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")), "fc1", "fc2")
     needs, fused = linears, (("q_proj", "k_proj", "v_proj"),)
 
-    def smoothing_pairs(self, config: dict, block: int) -> tuple[SmoothingPair, ...]: # config.json; index
+    def smoothing_pairs(self,
+        config: dict,               # config.json, parsed
+        block: int,                 # index
+    ) -> tuple[SmoothingPair, ...]:
         "Norm to q, k, v; v to out; norm to fc1; fc1 to fc2 through ReLU."
         if config.get("model_type") not in self.model_types: return ()
         at, known = f"{self.blocks}.{block}", text_config(config)
@@ -74,7 +83,10 @@ class OPTAdapter(BaseHuggingFaceAdapter):
         if known.get("activation_function", "relu") != "relu": return pairs
         return (*pairs, SmoothingPair(f"{at}.fc1", (f"{at}.fc2",)))
 
-    def rotation_sites(self, config: dict, shapes: dict): # config.json; tensor name -> shape; -> RotationSites or None
+    def rotation_sites(self,
+        config: dict, # config.json, parsed
+        shapes: dict, # tensor name -> shape
+    ):                # `RotationSites` or None
         "The stream, positions included; refused where norms stand behind the sub-layers or embeddings are narrow."
         if config.get("model_type") not in self.model_types: return super().rotation_sites(config, shapes)
         known = text_config(config)

@@ -23,13 +23,19 @@ class LlamaAdapter(BaseHuggingFaceAdapter):
     linears = ATTENTION + MLP
     fused = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
-    def smoothing_pairs(self, config: dict, block: int) -> tuple[SmoothingPair, ...]: # config.json; index
+    def smoothing_pairs(self,
+        config: dict,               # config.json, parsed
+        block: int,                 # index
+    ) -> tuple[SmoothingPair, ...]:
         "Norm to q, k, v; v to o; norm to gate, up; up to down."
         if config.get("model_type") not in self.model_types: return ()
         at = f"{self.blocks}.{block}"
         return attention_pairs(config, at) + dense_mlp_pairs(at)
 
-    def rotation_sites(self, config: dict, shapes: dict): # config.json; tensor name -> shape; -> RotationSites or None
+    def rotation_sites(self,
+        config: dict, # config.json, parsed
+        shapes: dict, # tensor name -> shape
+    ):                # `RotationSites` or None
         "Llama's table; HyperCLOVA X can have norms behind its sub-layers."
         if config.get("model_type") not in self.model_types: return super().rotation_sites(config, shapes)
         refusal = BEHIND if config.get("use_post_norm") else ""

@@ -41,14 +41,20 @@ class QwenAdapter(BaseHuggingFaceAdapter):
     needs = (*ATTENTION, "mlp.gate_proj|mlp.gate", "mlp.up_proj|mlp.experts.*.up_proj|mlp.experts.gate_up_proj",
              "mlp.down_proj|mlp.experts.*.down_proj|mlp.experts.down_proj")
 
-    def smoothing_pairs(self, config: dict, block: int) -> tuple[SmoothingPair, ...]: # config.json; index
+    def smoothing_pairs(self,
+        config: dict,               # config.json, parsed
+        block: int,                 # index
+    ) -> tuple[SmoothingPair, ...]:
         "Llama's; in a block of a mixture those of attention and of the shared expert."
         if config.get("model_type") not in self.model_types: return ()
         at, pairs = f"{self.blocks}.{block}", attention_pairs(config, f"{self.blocks}.{block}")
         if not is_mixture(config, block): return pairs + dense_mlp_pairs(at)
         return pairs + ((mlp_pair(f"{at}.mlp.shared_expert"),) if config["model_type"] == "qwen2_moe" else ())
 
-    def rotation_sites(self, config: dict, shapes: dict): # config.json; tensor name -> shape; -> RotationSites or None
+    def rotation_sites(self,
+        config: dict, # config.json, parsed
+        shapes: dict, # tensor name -> shape
+    ):                # `RotationSites` or None
         "Llama's table, with routers and experts among the readers."
         if config.get("model_type") not in self.model_types: return super().rotation_sites(config, shapes)
         table = with_experts(LLAMA, "shared_expert", ("mlp.shared_expert_gate",))

@@ -89,7 +89,11 @@ def find_class(
 # %% ../../nbs/models/served_class.ipynb #6c3e5738
 TABLE = "packed_modules_mapping"
 
-def literal_table(folder: Path, module: str, node: ast.AST) -> dict: # fused name -> parts
+def literal_table(
+    folder: Path,  # of vLLM's models
+    module: str,   # that holds the table
+    node: ast.AST, # what is assigned
+) -> dict:         # fused name -> parts
     "The value of an assignment; `ValueError` when it is neither a literal nor made of tables."
     if isinstance(node, ast.Dict):
         table = {}
@@ -103,7 +107,9 @@ def literal_table(folder: Path, module: str, node: ast.AST) -> dict: # fused nam
         return class_table(folder, module, node.value.id) or {}
     raise ValueError(f"{module}: {ast.unparse(node)} is no literal")
 
-def assignments(cls: ast.ClassDef) -> Iterator[tuple[str|None, ast.AST]]: # (key, or None for the whole table; value)
+def assignments(
+    cls: ast.ClassDef, # of the module's source
+) -> Iterator[tuple[str|None, ast.AST]]: # (key, or None for the whole table; value)
     "What a class and its methods assign to the table."
     for node in cls.body:
         target = getattr(node, "target", None) or (node.targets[0] if isinstance(node, ast.Assign) else None)
@@ -113,7 +119,11 @@ def assignments(cls: ast.ClassDef) -> Iterator[tuple[str|None, ast.AST]]: # (key
         if isinstance(target, ast.Subscript) and getattr(target.value, "attr", "") == TABLE:
             yield ast.literal_eval(target.slice), node.value
 
-def class_table(folder: Path, module: str, name: str) -> dict|None: # fused name -> parts; None where it has none
+def class_table(
+    folder: Path, # of vLLM's models
+    module: str,  # that holds the class
+    name: str,    # of the class
+) -> dict|None:   # fused name -> parts; None where it has none
     "The table of a class: its own, else that of the first base class with one, and what its methods add."
     found = find_class(folder, module, name)
     if found is None: return None

@@ -193,11 +193,16 @@ def head_site(
     return [make_site(head, shapes[embedding], None, TIED)] if embedding in shapes else []
 
 # %% ../../nbs/models/sites.ipynb #3ab1f6d2
-def module_of(tensor: str) -> str: # tensor name, with or without ".weight"
+def module_of(
+    tensor: str, # its name, with or without ".weight"
+) -> str:
     "Module name of a weight; a stacked weight that is a bare parameter keeps its own name."
     return tensor.removesuffix(".weight")
 
-def is_matrix(name: str, shape: tuple) -> bool: # tensor name and shape
+def is_matrix(
+    name: str,    # of the tensor
+    shape: tuple, # of the tensor
+) -> bool:
     "Whether a tensor can be a Linear's weight, or several stacked."
     return len(shape) >= 2 and not name.endswith(".bias") and "embed" not in module_of(name).rpartition(".")[2]
 
