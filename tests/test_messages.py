@@ -75,3 +75,14 @@ def test_list_shows_what_each_family_can():
         assert ("smoothing pairs" in line) == bool(adapter.smoothing_types()), line
         for part in set(adapter.rotation_types().values()): assert f"rotation of {part}" in line, line
     assert "gemma3_text" in lines["default"]
+
+
+@pytest.mark.parametrize("verb", ["check", "info"])
+def test_a_folder_without_a_model_is_called_so(tmp_path, capsys, verb):
+    "By whatever looks at it: what it holds, and what to give."
+    from llmquant import cli
+    (tmp_path / "notes.txt").write_text("nothing")
+    assert cli.main([verb, *(["--model-path"] if verb == "check" else []), str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert said == (f"llmquant: error: {tmp_path}: is no checkpoint, it holds no safetensors and no GGUF (it holds notes.txt); "
+                    "give the folder with config.json and the weights\n")

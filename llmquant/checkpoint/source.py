@@ -531,8 +531,6 @@ def open_for_info(
 )->CheckpointSource: # whatever its weights are
     "Open a model that is only looked at."
     place = Path(path)
-    if os.path.isdir(place) and not (place / "config.json").exists():
-        ggufs = sorted(place.glob("*.gguf"))
-        if len(ggufs) == 1: place = ggufs[0]
+    if os.path.isdir(place) and not (place / "config.json").exists(): place = _locate(place)
     if place.suffix == ".gguf" and os.path.isfile(place): return GGUFSource(place)
     return CheckpointSource(place, origin=path)
