@@ -228,7 +228,8 @@ def _calibrated(recipe:Recipe, plan:Plan, adapter, quantizer:BaseQuantizer, sour
                 facts:dict, suppressors:tuple, data:CalibrationData, need:MemoryNeed, flow) -> tuple:
     "How a calibrated run brings its tensors, and its name for the journal."
     blockwise = tuple(filter(is_blockwise, suppressors))
-    carry = partial(calibrated_carry, recipe, plan, adapter, quantizer, source, data, need, flow, device, facts, blockwise)
+    carry = partial(calibrated_carry, recipe, plan, adapter, quantizer, source, data, need, flow, device, facts,
+                    blockwise)
     return carry, {"journal": identity(recipe, source, data, device, suppressors)}
 
 # %% ../nbs/pipeline.ipynb #07d2c45f

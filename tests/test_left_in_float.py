@@ -12,7 +12,7 @@ from llmquant.core.errors import UsageError
 from llmquant.core.model_registry import ModelRegistry
 from llmquant.core.plan import make_plan
 from llmquant.core.quantizer_registry import QuantizerRegistry
-from llmquant.models.served_class import module_file, syntax_tree, vllm_folder
+from llmquant.models.served_class import class_alone, module_file, syntax_tree, vllm_folder
 from llmquant.models.skeleton import on_disk, saved_state, skeleton
 
 SMALL = dict(vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
@@ -86,6 +86,18 @@ def test_eight_bits_hold_more():
     "What 4 bits cannot hold is no reason at 8 bits, where a row of 8 still fills whole words."
     names = lambda **given: {l.name for l in plan_of("qwen3_5_text", **given)[0].quantized}
     assert {name.rpartition(".")[2] for name in names(bits=8) - names(bits=4)} == {"in_proj_a", "in_proj_b"}
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_next", "deepseek_v2", "gemma3n"])
+def test_a_class_parsed_alone_is_that_of_its_file(name):
+    "Cutting a class out of vLLM's source gives the tree that the whole file gives, decorators aside."
+    if (folder := vllm_folder()) is None: pytest.skip("vLLM is not installed")
+    file = module_file(folder, f"vllm.model_executor.models.{name}")
+    classes = [node for node in syntax_tree(file).body if isinstance(node, ast.ClassDef)]
+    assert len(classes) > 3
+    for cls in classes:
+        cls.decorator_list = []
+        assert ast.dump(class_alone(file, cls.name)) == ast.dump(cls)
 
 
 def test_a_wrong_group_size_is_still_refused():
