@@ -65,18 +65,6 @@ class Architecture:
         self.seen = {"config": config, "sites": sites}
         return sites
 
-    def fused_groups(self,
-        sites: list,            # from `linear_sites`
-    ) -> list[tuple[str, ...]]:
-        "Module names that vLLM fuses: one scheme, all quantized or none."
-        return group_sites(sites, self.fused_table().groups)
-
-    def fused_table(self) -> FusedTable: # of the checkpoint that was looked at last
-        "What vLLM fuses, by its own class where it is installed, else by `fused`."
-        architectures = self.seen.get("config", {}).get("architectures") or ()
-        table, why = served_table(vllm_folder(), tuple(filter(lambda name: isinstance(name, str), architectures)))
-        return table or FusedTable(self.fused, f"the adapter's table; {why}")
-
     def smoothing_pairs(self,
         config: dict, # config.json, parsed
         block: int,   # index
@@ -90,6 +78,21 @@ class Architecture:
     ):                # `RotationSites` or None
         "What touches the residual stream and where values are made; None where nobody has said."
         return common_sites(config, shapes)
+
+# %% ../../nbs/models/base_adapter.ipynb #08d8d2d7
+@patch
+def fused_groups(self:Architecture,
+    sites: list,            # from `linear_sites`
+) -> list[tuple[str, ...]]:
+    "Module names that vLLM fuses: one scheme, all quantized or none."
+    return group_sites(sites, self.fused_table().groups)
+
+@patch
+def fused_table(self:Architecture) -> FusedTable: # of the checkpoint that was looked at last
+    "What vLLM fuses, by its own class where it is installed, else by `fused`."
+    architectures = self.seen.get("config", {}).get("architectures") or ()
+    table, why = served_table(vllm_folder(), tuple(filter(lambda name: isinstance(name, str), architectures)))
+    return table or FusedTable(self.fused, f"the adapter's table; {why}")
 
 # %% ../../nbs/models/base_adapter.ipynb #b8df2df4
 @patch

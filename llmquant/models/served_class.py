@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TABLE', 'REGISTRY', 'NOT_INSTALLED', 'SERVED_ELSEWHERE', 'PER_LAYER_NOTE', 'NO_HEAD_NOTE', 'FusedTable',
-           'syntax_tree', 'class_alone', 'vllm_folder', 'module_file', 'imported_from', 'find_class', 'literal_table',
-           'assignments', 'class_table', 'served_class', 'vllm_version', 'served_table', 'served_names',
+           'syntax_tree', 'class_alone', 'vllm_folder', 'module_file', 'imported_from', 'find_class', 'assignments',
+           'literal_table', 'class_table', 'served_class', 'vllm_version', 'served_table', 'served_names',
            'served_otherwise']
 
 # %% ../../nbs/models/served_class.ipynb #1dd2444f
@@ -86,9 +86,22 @@ def find_class(
                 return find_class(folder, imported_from(module, path, node), alias.name)
     return None
 
-# %% ../../nbs/models/served_class.ipynb #6c3e5738
+# %% ../../nbs/models/served_class.ipynb #f0c7e82a
 TABLE = "packed_modules_mapping"
 
+def assignments(
+    cls: ast.ClassDef, # of the module's source
+) -> Iterator[tuple[str|None, ast.AST]]: # (key, or None for the whole table; value)
+    "What a class and its methods assign to the table."
+    for node in cls.body:
+        target = getattr(node, "target", None) or (node.targets[0] if isinstance(node, ast.Assign) else None)
+        if getattr(target, "id", "") == TABLE and getattr(node, "value", None): yield None, node.value
+    for node in ast.walk(cls):
+        target = node.targets[0] if isinstance(node, ast.Assign) else None
+        if isinstance(target, ast.Subscript) and getattr(target.value, "attr", "") == TABLE:
+            yield ast.literal_eval(target.slice), node.value
+
+# %% ../../nbs/models/served_class.ipynb #6c3e5738
 def literal_table(
     folder: Path,  # of vLLM's models
     module: str,   # that holds the table
@@ -106,18 +119,6 @@ def literal_table(
     if isinstance(node, ast.Attribute) and node.attr == TABLE and isinstance(node.value, ast.Name):
         return class_table(folder, module, node.value.id) or {}
     raise ValueError(f"{module}: {ast.unparse(node)} is no literal")
-
-def assignments(
-    cls: ast.ClassDef, # of the module's source
-) -> Iterator[tuple[str|None, ast.AST]]: # (key, or None for the whole table; value)
-    "What a class and its methods assign to the table."
-    for node in cls.body:
-        target = getattr(node, "target", None) or (node.targets[0] if isinstance(node, ast.Assign) else None)
-        if getattr(target, "id", "") == TABLE and getattr(node, "value", None): yield None, node.value
-    for node in ast.walk(cls):
-        target = node.targets[0] if isinstance(node, ast.Assign) else None
-        if isinstance(target, ast.Subscript) and getattr(target.value, "attr", "") == TABLE:
-            yield ast.literal_eval(target.slice), node.value
 
 def class_table(
     folder: Path, # of vLLM's models
