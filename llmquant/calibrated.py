@@ -110,14 +110,16 @@ def searching_of(
     adapter,           # Of the model's family
     config:dict,       # The parsed config.json
     suppressors:tuple, # Configured
-) -> int:
+    batch:int=1,       # Tokens in a batch
+) -> tuple[int, int]:  # What `predict` takes
     "Bytes that searches hold beside forward passes: for factors, and for static ranges of least squared error."
     pairs = ()
     if any(s.searches() for s in filter(is_blockwise, suppressors)):
         pairs = [p for block in {l.block for l in plan.quantized} for p in adapter.smoothing_pairs(config, block)]
     grids = [l.scheme.activations for l in plan.quantized]
     static = any(grid and not grid.dynamic and grid.range_rule == "mse" for grid in grids)
-    return searching_bytes(tensors, pairs, fact(config, "hidden_size")) + static * RANGES
+    held, rounding = searching_bytes(tensors, pairs, fact(config, "hidden_size"), batch)
+    return held + static * RANGES, rounding
 
 # %% ../nbs/calibrated.ipynb #bdb2907a
 def need_of(
@@ -134,6 +136,7 @@ def need_of(
     model = adapter.skeleton(source.config, source.tensors)
     flow = flow_of(model, adapter.get_layers(model)) # a decoder whose blocks cannot be run one by one is refused
     c = recipe.calibration
+    batch = c["batch_size"] * length_of(recipe, source.config)
     tensors = {name: (info.dtype, info.shape) for name, info in source.tensors.items()}
     wanted = {name for who in (quantizer, *suppressors) for name in who.needed_statistics()}
     if any(map(is_blockwise, suppressors)): wanted.add("maxima") # of what they leave, for the report
@@ -142,7 +145,8 @@ def need_of(
     need = predict(plan, tensors, adapter.block_of, source.config, c["num_samples"], length_of(recipe, source.config),
                    c["batch_size"], tuple(wanted), source.dtype.itemsize,
                    model.config._attn_implementation or "eager",
-                   searching_of(plan, tensors, adapter, source.config, suppressors), getattr(source, "edited", None),
+                   searching_of(plan, tensors, adapter, source.config, suppressors, batch),
+                   getattr(source, "edited", None),
                    quantizer.edits_blocks() and "hessian" in wanted, conversion_of(source), flow.per_token)
     return fit(need, recipe.max_memory), flow
 
@@ -336,7 +340,7 @@ def tell_report(
     facts |= {"calibration": {**data.facts, "fingerprint": data.fingerprint,
                               "passes_over_each_block": round(walk.passes / max(len(walk.blocks), 1), 3),
                               "hidden_states": "in files" if need.in_files else "in memory, and in files for resuming"},
-              "memory": {"predicted_peak_mib": need.peak >> 20}}
+              "memory": {"predicted_peak_mib": -(-need.peak >> 20)}}
     if journal.done:
         facts["resumed"] = {"at_block": len(journal.done), "seconds_before": journal.before}
     if walk.suppressed: facts["outlier_suppression"] = tell_suppression(facts, walk, data)

@@ -133,7 +133,7 @@ def memory_text(
 ) -> str:     # The predicted peak and its parts
     "What a run will take at its worst moment, in parts that add up."
     words = {"process": "this process", "block": "the largest block", "statistics": "of its inputs",
-             "forward": "one batch on its way", "solving": "factors and copies", "rescaling": "statistics, rescaled",
+             "forward": "one batch on its way", "solving": "factors and copies",
              "reading": "the largest tensor that is copied", "searching": "what suppressors and static grids try",
              "hidden": "hidden states", "converting": "the whole model, by transformers",
              "spare": "what the C library keeps for itself"}

@@ -166,3 +166,23 @@ def test_a_row_of_served_perplexity_is_measured_again(tmp_path, monkeypatch):
     assert machines == {"cpu": {"processor": "first"}} and rows["W8A8 dynamic, as it is"] == (100.2, None)
     assert rows["float"] == (100.3, {"processor": "second"})
     assert {row["environment"] for row in json.loads(out.read_text())["rows"]} == {"VLLM_CPU_INT4_W4A8=0"}
+
+
+def test_a_program_that_is_measured_has_a_peak_of_its_own():
+    "Not that of the large process that starts it; and what it takes is counted to the end."
+    import measure
+    large = b"x" * (2**28)
+    small, used = measure.cost("-c", "pass"), measure.cost("-c", f"x = b'x' * {2**27}; del x; sum(range(10**6))")
+    assert small["peak_mib"] < 100 < len(large) >> 20
+    assert 125 < used["peak_mib"] - small["peak_mib"] < 132 and 0 < used["cpu_seconds"] < 10
+    with pytest.raises(SystemExit, match="-c raise SystemExit.3. failed"):
+        measure.cost("-c", "raise SystemExit(3)")
+
+
+def test_no_row_of_the_memory_page_is_missing():
+    "Every run that the tool knows was measured, and its prediction is an upper bound within a fifth."
+    from measure_memory import all_rows, name_of
+    rows = json.loads((ROOT / "results" / "memory.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == [name_of(*row) for row in all_rows()]
+    outside = [row["name"] for row in rows if not row["measured_mib"] <= row["predicted_mib"] <= 1.2 * row["measured_mib"]]
+    assert not outside

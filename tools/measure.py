@@ -18,6 +18,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
@@ -265,31 +266,35 @@ def grid(given):
             )
 
 
-# A process's peak memory is inherited by what it starts, so programs are started by one that holds nothing.
-LAUNCHER = """
-import json, os, sys, time
-start = time.time(); pid = os.spawnv(os.P_NOWAIT, sys.argv[1], sys.argv[1:]); _, status, use = os.wait4(pid, 0)
-print(json.dumps({"status": status, "cpu_seconds": use.ru_utime + use.ru_stime, "seconds": time.time() - start,
-                  "peak_mib": use.ru_maxrss / 1024}))
+# Runs code or a script and writes down its peak at the end. VmHWM is the process's own; `ru_maxrss` begins with that of
+# the process that started it.
+WATCHED = """
+import atexit, runpy, sys
+from pathlib import Path
+def note():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    Path(peak).write_text(next(line.split()[1] for line in lines if line.startswith("VmHWM:")))
+_, peak, *sys.argv = sys.argv
+atexit.register(note)
+if sys.argv[0] == "-c": exec(sys.argv[1], {"__name__": "__main__"})
+else: runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
 def cost(*command):
-    "CPU seconds, seconds and peak MiB of a program run in a process of its own."
+    "CPU seconds, seconds and peak MiB of a script or of `-c` and code, run in a process of its own."
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", LAUNCHER, sys.executable, *map(str, command)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode or not done.stdout.strip():
-        raise SystemExit(done.stderr)
-    found = json.loads(done.stdout.splitlines()[-1])
-    if found.pop("status"):
-        raise SystemExit(f"{' '.join(map(str, command))} failed:\n{done.stderr}")
-    return found
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.time()
+    with tempfile.TemporaryDirectory() as folder:
+        peak = Path(folder) / "peak"
+        done = subprocess.run([sys.executable, "-c", WATCHED, peak, *map(str, command)], cwd=ROOT, env=environment,
+                              capture_output=True, text=True)  # fmt: skip
+        if done.returncode or not peak.exists():
+            raise SystemExit(f"{' '.join(map(str, command))} failed:\n{done.stderr}")
+        kib = int(peak.read_text())
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = used.ru_utime - before.ru_utime + used.ru_stime - before.ru_stime
+    return {"cpu_seconds": seconds, "seconds": time.time() - start, "peak_mib": kib / 1024}
 
 
 def llmquant(base, out):

@@ -2,13 +2,14 @@
 
     measure_memory.py                  everything
     measure_memory.py --rows 'gptq'    only rows whose names match
+    measure_memory.py --predict        predictions of the rows that are there, made again by the code as it is now
     measure_memory.py --list           the names
 
 Models: SmolLM2-135M-Instruct off its grid (`llmquant.demo`, bfloat16), the same as the GGUF it comes from, and made-up
 checkpoints with the shapes of Qwen2.5-0.5B and Qwen2.5-1.5B (`big_checkpoint.py`). Of most only the first blocks are
-quantized: the peak is that of one block. Each run is a process of its own; measured is its VmHWM, predicted what its
-report says, which is what `llmquant check` prints. Rows are written as they come; a run that was stopped goes on where
-it was, unless --fresh.
+quantized: the peak is that of one block, or, with the float model beside it, of the second. Each run is a process of
+its own; measured is its VmHWM, predicted what its report says, which is what `llmquant check` prints. Rows are written
+as they come; a run that was stopped goes on where it was, unless --fresh.
 """
 
 import argparse
@@ -35,6 +36,14 @@ report = quantize(model, out, **json.loads(given))
 peak = next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
 print(json.dumps([report["memory"]["predicted_peak_mib"], -(-peak // 1024), round(time.time() - start, 1)]))
 """
+PREDICTION = """
+import json, sys
+from llmquant.pipeline import preflight
+from llmquant.utils.config import resolve
+model, out, given = sys.argv[1:]
+need = preflight(resolve({"model_path": model, "output_path": out, **json.loads(given)}))[1]
+print(-(-need.peak >> 20))
+"""
 STATIC = {"bits": 8, "group_size": -1, "quantization.activations.bits": 8, "quantization.activations.dynamic": False}
 METHODS = {
     "minmax": {"method": "minmax"},
@@ -50,11 +59,13 @@ METHODS = {
 }  # fmt: skip
 DATA_FREE = {"minmax", "hqq", "rotation"}
 MODELS = {"SmolLM2-135M": 2, "Qwen2.5-0.5B shapes": 1, "Qwen2.5-1.5B shapes": 1}
+DEEPER = {"Qwen2.5-0.5B shapes, 2 blocks": 2, "Qwen2.5-0.5B shapes, 24 blocks": 24} # the float model beside, from the second
 MORE = (  # model, method, windows, tokens, batch
     ("SmolLM2-135M", "gptq", 16, 512, 4), ("SmolLM2-135M", "awq", 8, 2048, 1), ("SmolLM2-135M", "smooth_quant", 16, 512, 4),
     ("SmolLM2-135M", "static ranges", 16, 512, 4), ("SmolLM2-135M", "gptq, propagate 0", 4, 2048, 2),
     ("Qwen2.5-0.5B shapes", "gptq", 16, 512, 4), ("Qwen2.5-0.5B shapes", "awq", 2, 2048, 1),
     ("Qwen2.5-0.5B shapes", "static ranges", 4, 1024, 2), ("Qwen2.5-0.5B shapes", "gptq, propagate 0", 4, 2048, 1),
+    ("Qwen2.5-0.5B shapes, 2 blocks", "gptq", 16, 512, 4), ("Qwen2.5-0.5B shapes, 24 blocks", "gptq", 4, 512, 1),
     ("SmolLM2-135M.gguf", "minmax", 0, 0, 0), ("SmolLM2-135M.gguf", "gptq", 4, 512, 1),
 )  # fmt: skip
 
@@ -92,30 +103,41 @@ def model_at(folder, name):
         import big_checkpoint
 
         config, _ = big_checkpoint.LIKE["qwen" + re.search(r"-(.*)B ", name)[1] + "b"]
-        big_checkpoint.make(path, config, MODELS[name], 10**9)
+        big_checkpoint.make(path, config, (MODELS | DEEPER)[name], 10**9)
         for file in "tokenizer.json", "tokenizer_config.json":
             shutil.copy(demo / file, path)
     return path
 
 
-def measured(folder, row):
-    "What one run was predicted to take and took."
+def of_child(script, folder, row):
+    "What a script prints last, of one row's run in a process of its own."
     model, method, windows, tokens, batch = row
     given = {"bits": 4, "group_size": 64, "resume": False, **METHODS[method]}
-    given["layers"] = list(range(MODELS.get(model.removesuffix(".gguf"), 2)))
+    given["layers"] = list(range((MODELS | DEEPER).get(model.removesuffix(".gguf"), 2)))
     if windows:
         given |= {"calibration.dataset": str(words(folder / "words.txt")), "calibration.num_samples": windows,
                   "calibration.max_length": tokens, "calibration.batch_size": batch}  # fmt: skip
     out = folder / "out"
     shutil.rmtree(out, ignore_errors=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", CHILD, model_at(folder, model), out, json.dumps(given)], cwd=ROOT,
+    done = subprocess.run([sys.executable, "-c", script, model_at(folder, model), out, json.dumps(given)], cwd=ROOT,
                           env=environment, capture_output=True, text=True)  # fmt: skip
     shutil.rmtree(out, ignore_errors=True)
     if done.returncode:
         raise SystemExit(f"{name_of(*row)} failed:\n{done.stderr}")
-    predicted, peak, seconds = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measured(folder, row):
+    "What one run was predicted to take and took."
+    predicted, peak, seconds = of_child(CHILD, folder, row)
     return {"predicted_mib": predicted, "measured_mib": peak, "ratio": round(predicted / peak, 3), "seconds": seconds}
+
+
+def predicted_again(folder, row, found):
+    "A row with the prediction of the code as it is now."
+    predicted = of_child(PREDICTION, folder, row)
+    return {**found, "predicted_mib": predicted, "ratio": round(predicted / found["measured_mib"], 3)}
 
 
 def main():
@@ -123,6 +145,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="", help="a pattern that names must match")
     parser.add_argument("--list", action="store_true")
+    parser.add_argument("--predict", action="store_true")
     parser.add_argument("--fresh", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "memory.json")
     parser.add_argument("--models", type=Path, help="a folder that keeps the models; a temporary one by default")
@@ -137,7 +160,10 @@ def main():
         folder = given.models or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         for row in rows:
-            if not results.has(name=name_of(*row)):
+            found = next((r for r in results.rows if r["name"] == name_of(*row)), None)
+            if found and given.predict:
+                results.add(**predicted_again(folder, row, found))
+            elif not found and not given.predict:
                 keys = dict(zip(("model", "method", "windows", "tokens", "batch"), row, strict=True))
                 results.add(name=name_of(*row), **keys, **measured(folder, row))
 

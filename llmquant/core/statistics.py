@@ -126,3 +126,15 @@ def scaled(self:LayerStats,
     one = lambda v: None if v is None else v / s
     return replace(self, hessian=both(self.hessian), cross=both(self.cross), maxima=one(self.maxima),
                    means=one(self.means), low=one(self.low), high=one(self.high), histogram=None)
+
+# %% ../../nbs/core/statistics.ipynb #b91d40f7
+@patch
+def scale_(self:LayerStats,
+    s:Tensor, # [in_features], positive: the input becomes x / s
+):
+    "`scaled`, in place."
+    for square in self.hessian, self.cross:
+        if square is not None: square.div_(s[:, None]).div_(s)
+    for sizes in self.maxima, self.means, self.low, self.high:
+        if sizes is not None: sizes.div_(s)
+    self.histogram = None

@@ -220,13 +220,12 @@ def smooth_pair(self:AWQQuantizer,
 
 # %% ../../nbs/quantizers/awq_quantizer.ipynb #8d638fcf
 def rescale_statistics(
-    stats:dict[str, LayerStats], # Of the block's Linears; entries are replaced
+    stats:dict[str, LayerStats], # Of the block's Linears; changed in place
     names:list[str],             # Those whose input was divided
     scale:Tensor,                # [in_features], what it was divided by
 ):
-    "Put the statistics of the divided input in place of the old ones, once for each shared object."
-    new = {id(stats[name]): stats[name].scaled(scale) for name in names}
-    for name in names: stats[name] = new[id(stats[name])]
+    "Make the statistics those of the divided input, once for each shared object and without a second Hessian."
+    for own in {id(stats[name]): stats[name] for name in names}.values(): own.scale_(scale)
 
 # %% ../../nbs/quantizers/awq_quantizer.ipynb #6470f8be
 @patch
