@@ -208,6 +208,21 @@ def test_an_export_carries_names_that_older_readers_know(tmp_path):
     assert isinstance(open_checkpoint(path), GGUFSource)
 
 
+def test_a_tokenizer_that_lies_beside_the_file_is_another_models(tmp_path):
+    "In a folder of downloads: the file's own tokenizer is written, with or without one beside it."
+    from tokenizers import Tokenizer, models
+
+    path = tmp_path / "tiny.gguf"
+    tiny_gguf.write(path, tiny_gguf.model("qwen2"), "qwen2")
+    with open_checkpoint(path) as source:
+        alone = {file.name: file.read_text() for file in source.side_files}
+    Tokenizer(models.WordLevel({"other": 0, "<unk>": 1}, unk_token="<unk>")).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "other"}')
+    with open_checkpoint(path) as source:
+        assert {file.name: file.read_text() for file in source.side_files} == alone
+    assert len(json.loads(alone["tokenizer.json"])["model"]["vocab"]) >= 256
+
+
 @pytest.mark.parametrize("name", ["Q1_0", "Q8_1", "Q8_K"])
 def test_a_type_that_cannot_be_unpacked_is_one_line(name, tmp_path, capsys):
     import gguf

@@ -8,6 +8,8 @@ __all__ = ['GGUFPlace', 'GGUFModel', 'write_tokenizer', 'convert_gguf']
 # %% ../../nbs/checkpoint/gguf_model.ipynb #763aa33a
 import json
 import re
+import tempfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -198,6 +200,17 @@ def settings(self:GGUFModel)->dict:
                 if name in self.header.tensors}
     return shortest(with_rope(config, rope_scaling(self.header, self.config, rope)))
 
+# %% ../../nbs/checkpoint/gguf_model.ipynb #1e64faa1
+@contextmanager
+def _alone(
+    path:Path, # of the .gguf file
+): # the path of a link to it
+    "The file in a folder of its own, for a while: what lies beside it belongs to others."
+    with tempfile.TemporaryDirectory(prefix="llmquant-gguf-") as folder:
+        place = Path(folder) / path.name
+        place.symlink_to(path.absolute())
+        yield place
+
 # %% ../../nbs/checkpoint/gguf_model.ipynb #632c2ce5
 def write_tokenizer(
     path:Path, # of the .gguf file
@@ -205,7 +218,9 @@ def write_tokenizer(
 ):
     "The file's tokenizer under names that every reader knows."
     from transformers import PreTrainedTokenizerFast
-    try: tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path.parent), gguf_file=path.name)
+    try:
+        with _alone(path) as place:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(place.parent), gguf_file=place.name)
     except Exception as error: # the tokenizers library raises nothing narrower for merges and tokens that do not fit
         raise UsageError(f"{path}: transformers cannot read the tokenizer of this GGUF ({error}); give safetensors "
                          "instead") from None
@@ -224,10 +239,11 @@ def convert_gguf(
     import transformers
     config = getattr(transformers, "GgufConfig", None) # older versions always unpack
     extra = {"quantization_config": config(dequantize=True)} if config else {}
-    given = dict(pretrained_model_name_or_path=str(path.parent), gguf_file=path.name)
+    load = transformers.AutoModelForCausalLM.from_pretrained
     try:
-        model, facts = transformers.AutoModelForCausalLM.from_pretrained(**given, dtype=torch.float32, **extra,
-                                                                         output_loading_info=True)
+        with _alone(path) as place:
+            model, facts = load(str(place.parent), gguf_file=place.name, dtype=torch.float32, **extra,
+                                output_loading_info=True)
     except ImportError:
         raise UsageError(f"{path}: reading this GGUF needs the package accelerate; install it") from None
     except (ValueError, LookupError, TypeError, ArithmeticError, RuntimeError, AssertionError, AttributeError) as error:
