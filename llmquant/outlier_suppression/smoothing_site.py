@@ -244,14 +244,17 @@ class SiteSuppressor(BaseOutlierSuppressor):
         if self.searches(): self._record([site])
         self.edit_site(site)
 
-    def _record(self, sites:list[SmoothingSite]):
-        "Record what candidates for these sites are judged by."
-        from llmquant.outlier_suppression.site_trial import record
-        record(sites)
+# %% ../../nbs/outlier_suppression/smoothing_site.ipynb #6b39f790
+@patch
+def _record(self:SiteSuppressor, sites:list[SmoothingSite]):
+    "Record what candidates for these sites are judged by."
+    from llmquant.outlier_suppression.site_trial import record
+    record(sites)
 
-    def _forget_stale(self, sites:list[SmoothingSite], edited:SmoothingSite):
-        "Forget the trials of sites that an edit has reached."
-        if not any(site.trial for site in sites): return
-        from llmquant.outlier_suppression.site_trial import is_stale
-        for site in sites:
-            if site.trial and is_stale(site.trial, edited): site.trial = None
+@patch
+def _forget_stale(self:SiteSuppressor, sites:list[SmoothingSite], edited:SmoothingSite):
+    "Forget the trials of sites that an edit has reached."
+    if not any(site.trial for site in sites): return
+    from llmquant.outlier_suppression.site_trial import is_stale
+    for site in sites:
+        if site.trial and is_stale(site.trial, edited): site.trial = None
