@@ -124,7 +124,8 @@ def forward_bytes(
     hidden, blocks = text["hidden_size"], [[width for width, _ in inputs] for inputs in _inputs_of(plan).values()]
     widest = max((width for widths in blocks for width in widths), default=hidden)
     chosen = _largest(text, "num_experts_per_tok") * (_largest(text, "moe_intermediate_size") or widest)
-    mlp, mixing = 3 * hidden + 3 * max(widest, chosen), 2 * hidden + 4 * _attended(text)
+    fused = any(l.out_features == 2 * widest for l in plan.quantized) # gate and up in one, there until their product is
+    mlp, mixing = 3 * hidden + (3 + fused) * max(widest, chosen), 2 * hidden + 4 * _attended(text)
     kept = [_in_float(widths) for widths in blocks] if _apart(plan, statistics) else []
     busiest = max([mlp, mixing, *(max(mlp + others, mixing + all_) for others, all_ in kept)])
     per_token = busiest + hidden * ("maxima" in statistics)
