@@ -74,7 +74,7 @@ def find_scale(self:SmoothingSite,
         near, _, more = self.best_scale(tried((best[0] * f, best[1]) for f in (1 / step, step)))
         if near and more[near] < errors[best]: best = near
         errors |= more
-    best = self.settled(errors, lambda pair: drawn(sizes, *pair))
+    best = self.settled(errors, lambda pair: drawn(sizes, *pair), thorough=False)
     return best, torch.ones_like(sizes) if best is None else drawn(sizes, *best), errors
 
 # %% ../../nbs/outlier_suppression/outlier_suppression_v2.ipynb #c23b776f

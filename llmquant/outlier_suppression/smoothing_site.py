@@ -199,11 +199,13 @@ FEW = {True: 4, False: 2} # How many of them are compared behind a norm, and beh
 def settled(self:SmoothingSite,
     errors:dict,                          # Note to error, from `tried`
     factors_of:Callable[[Hashable], Tensor], # Note to factors
+    thorough:bool=True,                   # False where so many were tried that one fewer is compared, and none behind a Linear
 ) -> Hashable:                            # A note; None for no factors at all
     "The best candidate; where the block goes on behind the readers, close calls are decided by the whole block."
     ranked = sorted({None: 1., **errors}.items(), key=lambda item: item[1])
-    close = [note for note, error in ranked[:FEW[self.is_norm]] if error <= CLOSE * ranked[0][1]]
-    if not self.is_norm and None not in close: close.append(None)
+    few = FEW[self.is_norm] - (self.is_norm and not thorough)
+    close = [note for note, error in ranked[:few] if error <= CLOSE * ranked[0][1]]
+    if not self.is_norm and None not in close: close = [*close, None] if thorough else close[:1]
     if len(close) < 2 or not self.trial.whole: return ranked[0][0]
     exact = {}
     for note in close:
