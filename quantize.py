@@ -4,7 +4,7 @@ import sys
 
 if __name__ == "__main__":
     try:
-        from llmquant.cli import main
+        from llmquant.cli.main import main
     except KeyboardInterrupt:  # while the modules are being read
         sys.exit(sys.stderr.write("llmquant: stopped\n") and 130)
     sys.exit(main())

@@ -25,8 +25,8 @@ def llmquant(options, tokens, base):
     "Ours, in memory."
     import torch
 
-    from llmquant.core.quant_linear import QuantLinear
     from llmquant.core.quantizer_registry import QuantizerRegistry
+    from llmquant.in_memory.quant_linear import QuantLinear
 
     bits, method = options.pop("bits"), options.pop("method")
     quantizer = QuantizerRegistry.get(method)()

@@ -4,7 +4,7 @@ __version__ = "0.1.0"
 
 # vLLM imports this package in each of its processes to find the plugin, so nothing heavy is imported before it is
 # asked for.
-_FRONT_DOOR = {"quantize": "llmquant.pipeline", "load": "llmquant.loading", "verify": "llmquant.evaluation.proof"}
+_FRONT_DOOR = {"quantize": "llmquant.pipeline.run", "load": "llmquant.export.loading", "verify": "llmquant.evaluation.proof"}
 
 
 def __getattr__(name):

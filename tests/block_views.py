@@ -7,14 +7,13 @@ from dataclasses import replace
 
 import torch
 
-from llmquant.core.activations import Activations
-from llmquant.core.block_source import for_model
-from llmquant.core.block_walk import BlockWalk
 from llmquant.core.model_registry import ModelRegistry
-from llmquant.core.plan import make_plan
 from llmquant.core.quantizer_registry import BaseQuantizer
 from llmquant.models.layernorm_adapters import GPTNeoXAdapter, OPTAdapter
-
+from llmquant.plan.plan import make_plan
+from llmquant.walk.block_source import for_model
+from llmquant.walk.block_walk import BlockWalk
+from llmquant.walk.hidden_states import Activations
 
 LAYERNORM = {"gpt_neox": GPTNeoXAdapter, "opt": OPTAdapter}
 

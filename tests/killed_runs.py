@@ -27,7 +27,7 @@ def main(path: str, out: str, kills: int, seed: int, keys: dict) -> dict:
     "Kill `kills` runs, finish the last; what happened."
     import transformers  # noqa: F401 (imported once, for all children)
 
-    from llmquant.pipeline import quantize
+    from llmquant.pipeline.run import quantize
     torch.set_num_threads(1)
 
     def work(): quantize(path, out, **keys)

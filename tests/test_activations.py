@@ -20,18 +20,18 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import llmquant
-from llmquant.core.activation_scheme import ActivationScheme, simulate, static_parameters
 from llmquant.core.errors import ProofError
 from llmquant.core.format_registry import FormatRegistry
 from llmquant.core.qtensor import round_to_grid
-from llmquant.core.quant_linear import QuantLinear
 from llmquant.core.scheme import QuantScheme
 from llmquant.core.statistics import LayerStats
 from llmquant.evaluation import proof, served_check, served_model
 from llmquant.evaluation.kernels import PER_TOKEN
-from llmquant.evaluation.served_linears import linear_errors, parts_of, place, token_error
+from llmquant.evaluation.served_linears import fused_parts, linear_errors, place, token_error
 from llmquant.evaluation.vllm_check import Answer, Job, ask_vllm_many, child_environment
-from llmquant.loading import load
+from llmquant.export.loading import load
+from llmquant.in_memory.quant_linear import QuantLinear
+from llmquant.walk.activation_grid import ActivationScheme, simulate, static_parameters
 
 AMX = torch.cpu._is_amx_tile_supported() and os.environ.get("LLMQUANT_CPU_AMX") != "0"
 WITH_AMX = pytest.mark.skipif(not AMX, reason="needs a CPU with AMX")
@@ -370,7 +370,7 @@ def test_a_missing_grid_fails(folder, answers, name):
     said = stock[name]
     bare = load(folder/name, torch.float32, served_in=getattr(torch, said.dtype), activations=False)
     modules = {place(n): module for n, module in bare.named_modules()}
-    def output(n, x): return torch.cat([modules[part](torch.tensor(x)) for part in parts_of(n, said.parts)], -1)
+    def output(n, x): return torch.cat([modules[part](torch.tensor(x)) for part in fused_parts(n, said.parts)], -1)
     def served(y): return y.to(getattr(torch, said.dtype)).float().numpy()
     with torch.no_grad(): missing = {n: (x, served(output(n, x))) for n, (x, _) in said.linears.items()}
     figures = served_check.compare(folder/name, prompts, replace(said, linears=missing))

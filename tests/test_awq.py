@@ -5,15 +5,16 @@ import pytest
 import tiny
 import torch
 
-from llmquant.core.activations import Activations
-from llmquant.core.block_source import for_model
-from llmquant.core.block_walk import BlockView, BlockWalk
 from llmquant.core.errors import UsageError
 from llmquant.core.model_registry import ModelRegistry
-from llmquant.core.plan import make_plan
 from llmquant.core.qtensor import round_to_grid
 from llmquant.core.smoothing import SmoothingPair, fold
+from llmquant.plan.plan import make_plan
 from llmquant.quantizers.awq_quantizer import AWQQuantizer
+from llmquant.walk.block_source import for_model
+from llmquant.walk.block_view import BlockView
+from llmquant.walk.block_walk import BlockWalk
+from llmquant.walk.hidden_states import Activations
 
 LITE = {"deepseek_v2": dict(q_lora_rank=None)}   # no latent query, as in V2-Lite
 

@@ -15,12 +15,12 @@ import torch
 import yaml
 
 from llmquant import quantize
-from llmquant.core import block_flow
 from llmquant.core.errors import UsageError
-from llmquant.core.quant_linear import QuantLinear
 from llmquant.core.quantizer_registry import QuantizerRegistry
-from llmquant.pipeline import check
+from llmquant.in_memory.quant_linear import QuantLinear
+from llmquant.pipeline.run import check
 from llmquant.utils.config import resolve
+from llmquant.walk import block_flow
 
 TEXT = dict(num_samples=6, max_length=48, batch_size=2)
 KEYS = {f"calibration.{key}": value for key, value in TEXT.items()}
@@ -88,7 +88,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(checkpoints, tmp_path, method, k
 
 def stopped(monkeypatch, path, out, behind, **keys):
     "Run until a block is finished, then stop as Ctrl-C does."
-    import llmquant.core.decoder_walk as decoder_walk
+    import llmquant.walk.decoder_walk as decoder_walk
     step = decoder_walk.BlockWalk.step
 
     def once(self, index, *rest):
@@ -197,7 +197,7 @@ def test_another_tokenizer_does_not_go_on(checkpoints, tmp_path, monkeypatch):
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, UsageError])
 def test_a_failed_run_leaves_a_model_in_memory_as_it_was(monkeypatch, method, error, dtype):
-    from llmquant.core.block_walk import BlockWalk
+    from llmquant.walk.block_walk import BlockWalk
     model, solve = tiny.build("llama", dtype), BlockWalk.solve
     before = {name: (p, p.clone()) for name, p in model.state_dict(keep_vars=True).items()}
     kinds = {name: type(module) for name, module in model.named_modules()}
@@ -260,7 +260,7 @@ def test_the_output_folder_is_looked_at_first(tmp_path):
     (tmp_path / "full/file").touch()
     with pytest.raises(UsageError, match="full: is not empty"):
         quantize(tmp_path / "no-model", tmp_path / "full", "gptq", bits=4)
-    from llmquant.pipeline import check
+    from llmquant.pipeline.run import check
     from llmquant.utils.config import resolve
     with pytest.raises(UsageError, match="full: is not empty"):
         check(resolve({"model_path": str(tmp_path / "no-model"), "output_path": str(tmp_path / "full")}))
@@ -269,7 +269,7 @@ def test_the_output_folder_is_looked_at_first(tmp_path):
 MEASURED = """
 import json, sys
 from pathlib import Path
-from llmquant.pipeline import quantize
+from llmquant.pipeline.run import quantize
 out, path, keys = sys.argv[1:]
 report = quantize(path, out, "gptq", bits=4, group_size=32, device="cpu", **json.loads(keys))
 peak, = [int(line.split()[1]) >> 10 for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line]
@@ -291,7 +291,7 @@ def test_a_peak_is_this_process_own():
     large = b"x" * (2**30)
     script = """
 from pathlib import Path
-from llmquant.export import peak_memory_mib
+from llmquant.export.report import peak_memory_mib
 peak, = [int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line]
 print(peak >> 10, peak_memory_mib())
 """
@@ -361,7 +361,7 @@ def test_awq_asks_for_pairs_before_any_work(checkpoints, tmp_path):
 def test_the_time_of_a_search_is_told_for_the_device_of_the_run(checkpoints, tmp_path, monkeypatch, device):
     "`check` times a product where the run will compute."
     seen = []
-    monkeypatch.setattr("llmquant.calibrated.products_per_second", lambda where: seen.append(where) or 1e9)
+    monkeypatch.setattr("llmquant.pipeline.calibrated.products_per_second", lambda where: seen.append(where) or 1e9)
     monkeypatch.setattr("torch.cuda.is_available", lambda: device == "cuda")
     check(resolve({"model_path": str(checkpoints("llama")), "method": "minmax", "group_size": 32,
                    "quantization.outlier_suppression": "smooth_quant", **KEYS}))

@@ -250,8 +250,8 @@ ELSEWHERE = """
 import os, sys
 for name in ("fcntl", "resource"): sys.modules[name] = None
 for name in ("preadv", "pread", "pwrite", "pwritev", "O_DIRECTORY"): delattr(os, name)
-import llmquant, llmquant.export
-llmquant.export.PROCESS_STATUS = sys.argv[1] + "/no such file"
+import llmquant, llmquant.export.export
+llmquant.export.report.PROCESS_STATUS = sys.argv[1] + "/no such file"
 report = llmquant.quantize(sys.argv[1], sys.argv[2], bits=4, group_size=32)
 assert report["peak_memory_mib"] is None
 llmquant.quantize(sys.argv[1], sys.argv[2], bits=4, group_size=32, overwrite=True)
@@ -462,7 +462,7 @@ def test_a_name_that_no_file_system_takes(tmp_path):
 @pytest.mark.parametrize("command", ["info", "verify", "config", "output"])
 def test_a_path_that_is_none(path, command, tmp_path, capsys):
     "Whatever reads or writes it: exit status 2 and one line."
-    from llmquant.cli import main
+    from llmquant.cli.main import main
     words = {"info": ["info", path], "verify": ["verify", path, "--reference", str(tmp_path)],
              "config": ["check", "--model-path", str(tmp_path), "--config", path],
              "output": ["check", "--model-path", str(tmp_path), "--output-path", path]}

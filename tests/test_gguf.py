@@ -177,7 +177,7 @@ def test_what_cannot_be_carried_over_is_refused(case, tmp_path):
 
 def test_check_and_info_read_the_header_alone(tmp_path, monkeypatch, capsys):
     from llmquant.checkpoint import gguf_model
-    from llmquant.cli import main
+    from llmquant.cli.main import main
 
     path = tmp_path / "tiny.gguf"
     tiny_gguf.write(path, tiny_gguf.model("llama"), "llama", keys=[("rope.dimension_count", 16, "UINT32")])
@@ -196,7 +196,7 @@ def test_an_export_carries_names_that_older_readers_know(tmp_path):
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer
 
-    from llmquant.pipeline import quantize
+    from llmquant.pipeline.run import quantize
 
     path = tmp_path / "tiny.gguf"
     tiny_gguf.write(path, tiny_gguf.model("qwen2"), "qwen2")
@@ -227,7 +227,7 @@ def test_a_tokenizer_that_lies_beside_the_file_is_another_models(tmp_path):
 def test_a_type_that_cannot_be_unpacked_is_one_line(name, tmp_path, capsys):
     import gguf
 
-    from llmquant.cli import main
+    from llmquant.cli.main import main
 
     numbers = {"Q8_1": 9, "Q8_K": 15, "Q1_0": 41}
     path = tmp_path / "tiny.gguf"
@@ -245,7 +245,7 @@ def test_a_type_that_cannot_be_unpacked_is_one_line(name, tmp_path, capsys):
 def test_what_is_converted_as_a_whole_gives_the_same_and_is_predicted(tmp_path, monkeypatch):
     "The way of architectures that transformers converts by rules for whole models, taken by one that has both."
     from llmquant.checkpoint import gguf_config, gguf_model
-    from llmquant.pipeline import check
+    from llmquant.pipeline.run import check
     from llmquant.utils.config import resolve
 
     path = tmp_path / "tiny.gguf"
@@ -266,7 +266,7 @@ def test_what_is_converted_as_a_whole_gives_the_same_and_is_predicted(tmp_path, 
 
 def test_a_ceiling_holds_without_calibration(tmp_path):
     "From the header and the shapes, before a tensor is read; the parts are those of such a run, and add up."
-    from llmquant.pipeline import check, quantize
+    from llmquant.pipeline.run import check, quantize
     from llmquant.utils.config import resolve
 
     path = tmp_path / "tiny.gguf"
@@ -312,8 +312,8 @@ def test_divisors_of_a_model_with_several_rotary_embeddings(case, tmp_path):
 
 def test_sizes_are_those_of_the_files(tmp_path, capsys):
     "Of a GGUF what lies on disk and its block types; of a rotated checkpoint not the float32 that is read, untied."
-    from llmquant import pipeline
-    from llmquant.cli import main
+    from llmquant.cli.main import main
+    from llmquant.pipeline.run import run as pipeline
     from llmquant.utils.config import resolve
 
     file, folder = tmp_path / "tiny.gguf", tmp_path / "base"

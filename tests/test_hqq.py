@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from llmquant.core.errors import UsageError
-from llmquant.core.quant_linear import QuantLinear
 from llmquant.core.scheme import scheme_for
 from llmquant.evaluation import proof, served_model
 from llmquant.evaluation.vllm_check import Job, ask_vllm_many
+from llmquant.export.loading import load
 from llmquant.formats.unpackers import read_safetensors, unpack_layer
-from llmquant.loading import load
-from llmquant.pipeline import quantize
+from llmquant.in_memory.quant_linear import QuantLinear
+from llmquant.pipeline.run import quantize
 from llmquant.quantizers.hqq_quantizer import HQQQuantizer
 from llmquant.quantizers.minmax_quantizer import MinMaxQuantizer
 

@@ -8,11 +8,11 @@ import torch
 import yaml
 
 from llmquant import quantize
-from llmquant.core.edited_source import present_edits
+from llmquant.checkpoint.edited_source import present_edits
 from llmquant.core.errors import UsageError
 from llmquant.core.outlier_suppression_registry import BaseOutlierSuppressor, OutlierSuppressionRegistry
-from llmquant.core.quant_linear import QuantLinear
 from llmquant.core.quantizer_registry import QuantizerRegistry
+from llmquant.in_memory.quant_linear import QuantLinear
 from llmquant.utils.config import resolve
 
 

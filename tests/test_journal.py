@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from llmquant.checkpoint.writer import ExportWriter
-from llmquant.core.decoder_walk import Storage
 from llmquant.core.errors import LLMQuantError, UsageError
+from llmquant.walk.decoder_walk import Storage
 
 BLOCKS, IDENTITY = 4, {"method": "gptq", "bits": 4, "calibration": {"fingerprint": "e3b0", "num_samples": 8}}
 LAYOUT = {"embed.weight": (torch.float16, (6, 4)), "norm.weight": (torch.bfloat16, (5,))}
@@ -447,13 +447,13 @@ def test_no_journal_in_what_is_published_or_rejected(tmp_path):
 STOPPED = """
 import os, sys, types
 sys.path.insert(0, {tests!r})
-from llmquant import cli
+from llmquant.cli.main import main as cli
 import test_journal
 def run(recipe):
     stop = lambda block: block == 3 and {number} and os.kill(os.getpid(), {number})
     test_journal.export(test_journal.Path(recipe.output_path), stop)
     sys.exit(0)
-sys.modules["llmquant.pipeline"] = types.SimpleNamespace(run=run)
+sys.modules["llmquant.pipeline.run"] = types.SimpleNamespace(run=run)
 sys.exit(cli.main(["--model-path", "m", "--output-path", "o"]))
 """
 

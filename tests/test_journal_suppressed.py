@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmquant import load, quantize
-from llmquant.core.decoder_walk import BlockWalk
 from llmquant.core.errors import UsageError
+from llmquant.walk.decoder_walk import BlockWalk
 
 CONFIG = {"quantization": {"outlier_suppression": "rotation", "rotation": {"block_size": 32}},
           "calibration": {"num_samples": 2, "max_length": 32}}

@@ -7,13 +7,13 @@ import yaml
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llmquant.cli import main
+from llmquant.cli.main import main
 from llmquant.core.errors import UsageError
 from llmquant.core.model_registry import ModelRegistry
-from llmquant.core.plan import make_plan
 from llmquant.core.quantizer_registry import QuantizerRegistry
 from llmquant.models.served_class import class_alone, module_file, syntax_tree, vllm_folder
 from llmquant.models.skeleton import on_disk, saved_state, skeleton
+from llmquant.plan.plan import make_plan
 
 SMALL = dict(vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
              num_key_value_heads=2, head_dim=32, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0)

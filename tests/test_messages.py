@@ -6,15 +6,15 @@ import tiny
 import yaml
 from transformers import AutoConfig
 
+from llmquant.cli.summary import list_text
 from llmquant.core.errors import ProofError, UsageError
-from llmquant.core.memory import MemoryNeed, fit
 from llmquant.core.model_registry import ModelRegistry
-from llmquant.core.suppress import check_supported
-from llmquant.export import export_model
+from llmquant.in_memory.save import export_model
 from llmquant.outlier_suppression.rotation import RotationSuppressor
-from llmquant.pipeline import check
-from llmquant.summary import list_text
+from llmquant.pipeline.run import check
+from llmquant.plan.memory import MemoryNeed, fit
 from llmquant.utils.config import resolve
+from llmquant.walk.equivalence import check_supported
 
 MIB = 1 << 20
 
@@ -80,7 +80,7 @@ def test_list_shows_what_each_family_can():
 @pytest.mark.parametrize("verb", ["check", "info"])
 def test_a_folder_without_a_model_is_called_so(tmp_path, capsys, verb):
     "By whatever looks at it: what it holds, and what to give."
-    from llmquant import cli
+    from llmquant.cli.main import main as cli
     (tmp_path / "notes.txt").write_text("nothing")
     assert cli.main([verb, *(["--model-path"] if verb == "check" else []), str(tmp_path)]) == 2
     said = capsys.readouterr().err

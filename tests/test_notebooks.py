@@ -21,8 +21,8 @@ def test_notebook(name):
 
 def test_a_failing_notebook_fails(tmp_path):
     "The runner reports a failure, and does not stop being able to."
-    source = ROOT / "nbs" / "demo.ipynb"
-    broken = source.read_text().replace('"#| default_exp demo"', '"assert 1 == 2"')
+    source = ROOT / "nbs" / "evaluation" / "demo.ipynb"
+    broken = source.read_text().replace('"#| default_exp evaluation.demo"', '"assert 1 == 2"')
     assert "assert 1 == 2" in broken
     (tmp_path / "broken.ipynb").write_text(broken)
     command = [sys.executable, "tools/run_nbs.py", "--test", str(tmp_path / "broken.ipynb")]

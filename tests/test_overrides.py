@@ -15,16 +15,16 @@ import tiny_tokenizer
 import torch
 from safetensors.torch import load_file
 
-from llmquant import cli
+from llmquant.cli.main import main as cli
 from llmquant.core.errors import ProofError, UsageError
 from llmquant.core.model_registry import ModelRegistry
 from llmquant.core.qtensor import round_to_grid
 from llmquant.core.scheme import QuantScheme, scheme_of
 from llmquant.evaluation import proof, served_model
 from llmquant.evaluation.vllm_check import Job, ask_vllm_many
+from llmquant.export.loading import load
 from llmquant.formats.unpackers import read_safetensors, unpack_layer
-from llmquant.loading import load
-from llmquant.pipeline import check, quantize
+from llmquant.pipeline.run import check, quantize
 from llmquant.utils.config import recipe_to_dict, resolve
 
 SYMMETRIC = {"quantization": {"minmax": {"symmetric": True}}}
@@ -117,7 +117,7 @@ def test_a_flag_and_set_agree_by_what_they_mean(monkeypatch, capsys):
         seen.append(recipe)
         raise UsageError("far enough")
     seen, command = [], ["--model-path", "m", "--output-path", "o", "--no-resume", "--layers", "0,1", "--set"]
-    monkeypatch.setattr("llmquant.pipeline.run", stop)
+    monkeypatch.setattr("llmquant.pipeline.run.run", stop)
     assert cli.main([*command, "quantization.layers=[1, 0]"]) == 2
     assert capsys.readouterr().err == "llmquant: error: far enough\n"
     assert (seen[0].layers, seen[0].resume) == ((0, 1), False)

@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM
 
 import llmquant
 from llmquant.core.errors import UsageError
-from llmquant.core.in_memory import is_adopted
 from llmquant.core.model_registry import ModelRegistry
 from llmquant.core.quantizer_registry import BaseQuantizer, QuantizerRegistry
-from llmquant.export import REPORT
-from llmquant.pipeline import check
+from llmquant.export.export import REPORT
+from llmquant.in_memory.adopt import is_adopted
+from llmquant.pipeline.run import check
 from llmquant.quantizers.minmax_quantizer import MinMaxQuantizer
 from llmquant.utils.config import resolve
 

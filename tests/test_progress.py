@@ -14,7 +14,8 @@ import tiny
 import tiny_tokenizer
 import torch
 
-from llmquant import cli, quantize
+from llmquant import quantize
+from llmquant.cli.main import main as cli
 from llmquant.utils.logging import setup_logging
 
 ROOT = Path(__file__).parents[1]
@@ -55,7 +56,7 @@ def test_lines_in_a_pipe(model, tmp_path):
 
 def test_a_resumed_run_counts_on(tmp_path, monkeypatch, caplog):
     "Blocks have numbers from 0, as --layers gives them; progress says how many of all are done."
-    from llmquant.core.decoder_walk import BlockWalk
+    from llmquant.walk.decoder_walk import BlockWalk
     path, out = tiny.make("llama", tmp_path / "model", layers=4), tmp_path / "out"
     tiny_tokenizer.save(path)
     keys = {"bits": 4, "group_size": 64, "calibration.num_samples": 2, "calibration.max_length": 32}
@@ -149,7 +150,7 @@ def test_a_narrow_bar_shows_the_memory(columns, monkeypatch):
 
     from tqdm import tqdm
 
-    from llmquant.core.walk import worst_of
+    from llmquant.walk.layer import worst_of
     layer = SimpleNamespace(name="model.layers.11.self_attn.q_a_proj")
     text = worst_of([SimpleNamespace(layer=layer, relative_error=.12345)])
     stream = io.StringIO()

@@ -12,13 +12,14 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from llmquant.cli import main
+from llmquant.cli.main import main
 from llmquant.core.errors import ProofError, UsageError
 from llmquant.evaluation import proof, served_check
 from llmquant.evaluation.vllm_check import Answer
+from llmquant.export.loading import load
 from llmquant.formats.unpackers import read_safetensors
-from llmquant.loading import load
-from llmquant.pipeline import info, quantize
+from llmquant.pipeline.info import info
+from llmquant.pipeline.run import quantize
 
 SYMMETRIC = {"quantization": {"minmax": {"symmetric": True}}}
 EXPORTS = {"compressed_tensors": dict(bits=4, group_size=32), "awq": dict(bits=4, group_size=32, format="awq"),
@@ -148,7 +149,7 @@ def test_files_beside_the_weights_that_changed_or_went(name, with_files, tmp_pat
 
 def test_while_a_run_still_has_its_journal(with_files, tmp_path, monkeypatch):
     "A verification before the folder gets its name counts the same files, and no others."
-    monkeypatch.setattr("llmquant.pipeline.require_vllm", lambda: None)
+    monkeypatch.setattr("llmquant.pipeline.run.require_vllm", lambda: None)
     monkeypatch.setattr(proof, "vllm_installed", lambda: True)
     monkeypatch.setattr(proof, "check_vllm", lambda export, *_: {"journal": (export/"journal").is_dir()})
     text = {"calibration.num_samples": 2, "calibration.max_length": 32}
@@ -343,7 +344,7 @@ def test_messages_never_name_the_partial_folder(folder, tmp_path, monkeypatch):
 
 
 def test_a_failed_proof_of_the_pipeline(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("llmquant.pipeline.require_vllm", lambda: None)
+    monkeypatch.setattr("llmquant.pipeline.run.require_vllm", lambda: None)
     with pytest.raises(ProofError, match="^the export: its files are right, but there is no vLLM here"):
         quantize(folder/"base", tmp_path/"out", bits=4, group_size=32, verify=True)
     assert sorted(path.name for path in Path(tmp_path).iterdir()) == ["out.failed"]
@@ -356,7 +357,7 @@ def test_whatever_ends_a_verification_the_export_stays(error, folder, tmp_path, 
     "It is complete: it lies under OUT.failed with the reason, the old one is where it was, and the exit status is 1."
     def fails(*_, **__): raise type(error)(*error.args)
     verify = proof.verify
-    monkeypatch.setattr("llmquant.pipeline.require_vllm", lambda: None)
+    monkeypatch.setattr("llmquant.pipeline.run.require_vllm", lambda: None)
     monkeypatch.setattr(proof, "verify", fails)
     out = shutil.copytree(folder/"awq", tmp_path/"out")
     before = {path.name: path.read_bytes() for path in out.iterdir()}

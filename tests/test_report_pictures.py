@@ -11,9 +11,9 @@ import yaml
 from outliers import inject_outliers
 
 from llmquant import quantize
-from llmquant.core.decoder_walk import BlockWalk
-from llmquant.export import PICTURE, REPORT
-from llmquant.summary import report_text
+from llmquant.cli.summary import report_text
+from llmquant.export.export import PICTURE, REPORT
+from llmquant.walk.decoder_walk import BlockWalk
 
 TEXT = {"num_samples": 4, "max_length": 48, "batch_size": 2}
 LEADERS = {"self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"}

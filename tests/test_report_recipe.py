@@ -7,9 +7,9 @@ import tiny
 import tiny_tokenizer
 import yaml
 
-from llmquant import cli
+from llmquant.cli.main import main as cli
 from llmquant.core.errors import UsageError
-from llmquant.export import REPORT
+from llmquant.export.export import REPORT
 from llmquant.utils.config import resolve
 
 FILE = """

@@ -7,19 +7,19 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from llmquant.checkpoint.edited_source import shapes_of
 from llmquant.checkpoint.source import CheckpointSource
-from llmquant.core.block_source import for_checkpoint
-from llmquant.core.edited_source import shapes_of
 from llmquant.core.errors import UsageError
-from llmquant.core.hadamard import hadamard_factor, paley
 from llmquant.core.model_registry import ModelRegistry
-from llmquant.core.rotation import make_rotation
 from llmquant.models.base_adapter import BaseHuggingFaceAdapter
 from llmquant.models.deepseek_adapter import DeepSeekAdapter
 from llmquant.models.layernorm_adapters import GPTNeoXAdapter, OPTAdapter
 from llmquant.models.llama_adapter import LlamaAdapter
 from llmquant.models.qwen_adapter import QwenAdapter
+from llmquant.outlier_suppression.hadamard import hadamard_factor, paley
 from llmquant.outlier_suppression.rotation import RotationSuppressor
+from llmquant.outlier_suppression.rotations import make_rotation
+from llmquant.walk.block_source import for_checkpoint
 
 ADAPTERS = {"llama": LlamaAdapter, "mistral": LlamaAdapter, "qwen2": QwenAdapter, "qwen3": QwenAdapter,
             "qwen2_moe": QwenAdapter, "qwen3_moe": QwenAdapter, "deepseek_v2": DeepSeekAdapter,

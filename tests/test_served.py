@@ -20,16 +20,17 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextModel
 
-from llmquant.cli import main
+from llmquant.cli.main import main
 from llmquant.core.errors import ProofError
-from llmquant.demo import demo_text
 from llmquant.evaluation import proof, served_check, served_model, vllm_check
-from llmquant.evaluation.kernels import STATIC_NOTE, W4A8_NOTE, W4A8_PRODUCT
+from llmquant.evaluation.demo import demo_text
+from llmquant.evaluation.kernels import W4A8_PRODUCT
 from llmquant.evaluation.served_model import forced_logits
 from llmquant.evaluation.vllm_check import Answer, Job
-from llmquant.loading import load
+from llmquant.export.loading import load
 from llmquant.models.served_class import NO_HEAD_NOTE, PER_LAYER_NOTE
-from llmquant.pipeline import quantize
+from llmquant.pipeline.run import quantize
+from llmquant.serving.cpu_notes import STATIC_NOTE, W4A8_NOTE
 
 AMX = torch.cpu._is_amx_tile_supported() and os.environ.get("LLMQUANT_CPU_AMX") != "0"
 
@@ -187,7 +188,7 @@ def test_a_child_that_begins_with_the_default_job(amx, tmp_path, monkeypatch):
     jobs = [Job("x", [[1, 2]]), Job("x", [[1, 2]], only_w4a8=True)]
     (tmp_path/"jobs.json").write_text(json.dumps(list(map(asdict, jobs))))
     vllm_check.save_answer(Answer(error="died"), tmp_path, 0)
-    vllm_check.main(tmp_path/"jobs.json")
+    vllm_check.child_main(tmp_path/"jobs.json")
     assert seen == [amx == "1"] and vllm_check.load_answer(tmp_path, 1).skipped
 
 
@@ -195,7 +196,7 @@ def test_a_child_that_dies_says_in_which_dtype(tmp_path, monkeypatch):
     "The one that the kernels asked for, for the float reference is to be served in the same."
     def dies(*_): raise SystemExit(132)
     def child(command, **_):
-        with pytest.raises(SystemExit): vllm_check.main(command[-1])
+        with pytest.raises(SystemExit): vllm_check.child_main(command[-1])
         return subprocess.CompletedProcess(command, 132, "", "Illegal instruction")
     monkeypatch.setattr(vllm_check, "prepare_process", lambda: None)
     monkeypatch.setattr(vllm_check, "accepted_dtype", lambda *_: "bfloat16")
@@ -341,7 +342,7 @@ print("ANSWER", before, allowed())
 
 @pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="needs a CPU with AMX")
 @pytest.mark.parametrize("module, name", [("llmquant.evaluation.kernels", "prepare_process"),
-                                          ("llmquant.vllm_plugin", "register")])
+                                          ("llmquant.serving.plugin", "register")])
 def test_the_system_is_asked_for_tiles(module, name):
     "Nobody else does it before vLLM's 4-bit kernel uses them."
     if name == "register": pytest.importorskip("vllm")

@@ -14,7 +14,7 @@ import pytest
 import tiny
 import tiny_tokenizer
 
-from llmquant.pipeline import quantize
+from llmquant.pipeline.run import quantize
 
 pytestmark = [pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")]
 

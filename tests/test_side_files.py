@@ -8,7 +8,7 @@ from llmquant.core.errors import LLMQuantError, ProofError
 from llmquant.core.model_registry import ModelRegistry
 from llmquant.core.quantizer_registry import QuantizerRegistry
 from llmquant.evaluation.proof_config import check_config
-from llmquant.pipeline import quantize
+from llmquant.pipeline.run import quantize
 
 STALE = {"quantize_config.json": '{"bits": 8, "group_size": 128}', "quant_config.json": '{"w_bit": 8}',
          "hf_quant_config.json": '{"quantization": {"quant_algo": "FP8"}}', "recipe.yaml": "quant_stage: {}\n"}

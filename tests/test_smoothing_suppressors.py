@@ -11,15 +11,15 @@ from block_views import suppress, view_of, walk_over
 from outliers import inject_outliers
 from torch.utils.flop_counter import FlopCounterMode
 
-from llmquant.core.activation_scheme import ActivationScheme
 from llmquant.core.errors import UsageError
 from llmquant.core.outlier_suppression_registry import OutlierSuppressionRegistry
 from llmquant.core.smoothing import SmoothingPair
 from llmquant.outlier_suppression import site_trial
-from llmquant.outlier_suppression.outlier_suppression_v2 import STRENGTHS, OutlierSuppressionV2, drawn
+from llmquant.outlier_suppression.outlier_suppression_v2 import STRENGTHS, OutlierSuppressionV2, drawn, find_scale
 from llmquant.outlier_suppression.smooth_quant import ALPHAS, SmoothQuantSuppressor, smoothing_factors
 from llmquant.outlier_suppression.smoothing_site import sites_of
 from llmquant.utils.config import resolve
+from llmquant.walk.activation_grid import ActivationScheme
 
 TOKENS = torch.randint(3, 512, (4, 48), generator=torch.Generator().manual_seed(0))
 A8 = ActivationScheme()
@@ -249,7 +249,7 @@ def test_the_search_finds_threshold_and_strength(above, strength):
     sizes, asked = site.gather(site.stats.maxima), []
     t = above * float(sizes.median())
     site.trial = judged_by(site, drawn(sizes, t, strength), asked)
-    found, factors, errors = site.find_scale(sizes)
+    found, factors, errors = find_scale(site, sizes)
     assert found[1] == strength and found[0] == pytest.approx(t, rel=1e-3) and errors[found] == min(errors.values())
     assert len(asked) < 30
     assert torch.equal(factors, drawn(sizes, *found)) and not view.edited

@@ -13,13 +13,14 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 import measure_statistics as tool
 import tiny_tokenizer
-from llmquant.core.block_flow import BlockFlow
-from llmquant.core.block_source import BlockInputs, for_checkpoint
-from llmquant.core.decoder_walk import Storage, begin, climb
+
 from llmquant.core.errors import UsageError
 from llmquant.core.model_registry import ModelRegistry
-from llmquant.core.plan import make_plan
+from llmquant.plan.plan import make_plan
 from llmquant.quantizers.gptq_quantizer import GPTQQuantizer
+from llmquant.walk.block_flow import BlockFlow
+from llmquant.walk.block_source import BlockInputs, for_checkpoint
+from llmquant.walk.decoder_walk import Storage, climb, start_blocks
 
 TABLE = json.loads((ROOT / "results" / "statistics.json").read_text(encoding="utf-8"))
 BOUND = 1e-5 # relative; the block loop computes in float32
@@ -102,7 +103,7 @@ def test_a_wrong_argument_shows(kind, monkeypatch):
 @pytest.mark.parametrize("kind", here(("zamba", "zamba2")))
 def test_both_entry_points_refuse(kind, tmp_path, capsys):
     "`check` on a folder, and `quantize` on a model in memory, which stays as it is."
-    from llmquant.cli import main
+    from llmquant.cli.main import main
     model = tool.build(kind, vocab_size=300).bfloat16()
     model.save_pretrained(tmp_path / "model")
     tiny_tokenizer.save(tmp_path / "model")
@@ -138,11 +139,11 @@ def test_killed_behind_any_block_and_resumed(kind, tmp_path):
     def run(folder, done=(), die_behind=None, writer=None, device="cpu"):
         quantizer = tool.Keeping()
         quantizer.configure({})
-        with tool.patch("llmquant.core.plan.leave_unfit", lambda layers, *_: layers):
+        with tool.patch("llmquant.plan.plan.leave_unfit", lambda layers, *_: layers):
             plan = make_plan(adapter, config, shapes, torch.bfloat16, quantizer, 4, -1)
         source = tool.SimpleNamespace(config=config, tensor=lambda name: tensors[name].detach().clone())
         blocks, journal = for_checkpoint(source, adapter), Journal(done, die_behind)
-        walk = begin(plan, quantizer, blocks, tokens, 2, Storage(torch.bfloat16, device, folder), journal.done)
+        walk = start_blocks(plan, quantizer, blocks, tokens, 2, Storage(torch.bfloat16, device, folder), journal.done)
         writer = tool.Kept() if writer is None else writer
         tool.note_statistics(walk, writer)
         try: climb(walk, writer, journal=journal)
@@ -161,7 +162,7 @@ def test_what_the_page_refuses_is_what_was_measured():
     "Every architecture that the page of `block_flow` names as refused was, and for the reason of its row."
     root = Path(__file__).parents[1]
     rows = json.loads((root / "results/statistics.json").read_text())["rows"]
-    page = json.loads((root / "nbs/core/block_flow.ipynb").read_text())
+    page = json.loads((root / "nbs/walk/block_flow.ipynb").read_text())
     table = next("".join(c["source"]) for c in page["cells"] if "| refused |" in "".join(c["source"]))
     refused = [line for line in table.splitlines() if line.endswith("| refused |")]
     reasons = {"share": "share the weight", "class": "can be kept", "exchanged": "exchanges modules"}

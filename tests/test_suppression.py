@@ -11,10 +11,10 @@ import yaml
 
 from llmquant import load, quantize
 from llmquant.core.errors import UsageError
-from llmquant.core.quant_linear import QuantLinear
 from llmquant.core.quantizer_registry import QuantizerRegistry
 from llmquant.evaluation.proof import check_files
 from llmquant.evaluation.served_model import forced_logits
+from llmquant.in_memory.quant_linear import QuantLinear
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
 import matrix  # noqa: E402
@@ -123,8 +123,8 @@ def test_both_doors_give_the_same_codes(checkpoints, tmp_path, kind, tie, suppre
 
 def test_statistics_are_those_of_the_suppressed_block(checkpoints):
     "What the quantizer is given after an edit equals a measurement of the edited model."
-    from llmquant.core.quantizer_registry import BaseQuantizer
     from llmquant.core.qtensor import round_to_grid
+    from llmquant.core.quantizer_registry import BaseQuantizer
     seen = {}
 
     class Looking(BaseQuantizer):
@@ -249,7 +249,7 @@ def test_a_refused_apply_declares_no_biases(monkeypatch):
     ("smooth_quant", {"activations": {**STATIC, "dynamic_range": "mse"}, "smooth_quant": {"alpha": 0.5}}, 32)])
 def test_a_search_is_part_of_the_predicted_peak(checkpoints, suppressors, rest, more):
     "At least, in MiB: copies of a pair and outputs on 2048 tokens; candidates on each number of a histogram."
-    from llmquant.pipeline import preflight
+    from llmquant.pipeline.run import preflight
     from llmquant.utils.config import resolve
     config = config_of(suppressors, {"activations": 8, **rest})
     _, need = preflight(resolve({"model_path": str(checkpoints("llama")), "method": "minmax"}, config=config))

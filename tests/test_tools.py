@@ -33,7 +33,7 @@ def project(tmp_path):
     (tmp_path / "nbs").mkdir()
     (tmp_path / "llmquant").mkdir()
     shutil.copy(ROOT / "llmquant" / "__init__.py", tmp_path / "llmquant")
-    for name in ("core/errors", "demo"):
+    for name in ("core/errors", "evaluation/demo"):
         (tmp_path / "nbs" / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / "nbs" / f"{name}.ipynb", tmp_path / "nbs" / f"{name}.ipynb")
     git(tmp_path, "init", "-q")
@@ -50,8 +50,9 @@ def test_sync_accepts_what_is_in_sync(project):
 
 
 @pytest.mark.parametrize("path, change, message", [
-    ("llmquant/demo.py", lambda p: p.write_text(p.read_text() + "x = 1\n"), ""),
-    ("nbs/demo.ipynb", lambda p: p.write_text(p.read_text().replace("SEED = 2026", "SEED = ")), "llmquant/demo.py"),
+    ("llmquant/evaluation/demo.py", lambda p: p.write_text(p.read_text() + "x = 1\n"), ""),
+    ("nbs/evaluation/demo.ipynb", lambda p: p.write_text(p.read_text().replace("SEED = 2026", "SEED = ")),
+     "llmquant/evaluation/demo.py"),
     ("llmquant/left.py", lambda p: p.write_text("x = 1\n"), "llmquant/left.py: no notebook writes it"),
     ("nbs/core/errors.ipynb", lambda p: p.unlink(), "llmquant/core: no notebook writes it"),
 ])
@@ -67,12 +68,12 @@ def test_sync_refuses(project, path, change, message):
 def test_hook_stays_in_the_clone(project):
     "It is installed where git looks, and refuses a commit that is not exported."
     assert tool(project, "hooks.py").returncode == 0
-    notebook = project / "nbs" / "demo.ipynb"
+    notebook = project / "nbs" / "evaluation" / "demo.ipynb"
     notebook.write_text(notebook.read_text().replace("SEED = 20261123", "SEED = 1"))
     git(project, "add", ".")
     with pytest.raises(subprocess.CalledProcessError) as refused:
         git(project, "commit", "-q", "-m", "not exported")
-    assert "llmquant/demo.py: was not exported" in refused.value.stderr
+    assert "llmquant/evaluation/demo.py: was not exported" in refused.value.stderr
     git(project, "add", ".")
     git(project, "commit", "-q", "-m", "exported")
 

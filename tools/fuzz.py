@@ -228,7 +228,7 @@ class Bases:
         import tiny_gguf
         import tiny_tokenizer
 
-        from llmquant.cli import main
+        from llmquant.cli.main import main
         self.folder, self.models, self.exports = Path(folder), models, exports
         for kind in models: tiny_tokenizer.save(tiny.make(kind, self.folder / kind))
         tiny_tokenizer.save(tiny.make("llama", self.folder / "shards", shards=2))
@@ -386,9 +386,9 @@ def time_limit(seconds):
 
 def carry_out(command):
     "The exit status of a command, and what it wrote to stderr."
-    from llmquant.cli import main
+    from llmquant.cli.main import main
     from llmquant.core.errors import LLMQuantError
-    from llmquant.loading import load
+    from llmquant.export.loading import load
     said = io.StringIO()
     with redirect_stdout(io.StringIO()), redirect_stderr(said):
         if isinstance(command, list): return main(command), said.getvalue()

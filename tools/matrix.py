@@ -67,7 +67,7 @@ INPUTS = {  # grids of activations -> the recipe's section
     },
     "fp8 token": {"activations": {"type": "float"}},
 }
-REAL = "smollm2"  # a language model, not a tiny one: `llmquant.demo`
+REAL = "smollm2"  # a language model, not a tiny one: `llmquant.evaluation.demo`
 ALONE = Lock()  # transformers builds models with the help of global state; only vLLM's children run side by side
 
 
@@ -221,7 +221,7 @@ def base(model, folder, variant="", suppressors=""):
 
     path = Path(folder) / "base" / f"{model}{variant}{suppressors}"
     if model == REAL:
-        from llmquant.demo import demo_base
+        from llmquant.evaluation.demo import demo_base
 
         return demo_base(path, "float16")
     made = tiny.build(model, **VARIANTS[variant])
@@ -256,7 +256,7 @@ def base_of(row, folder):
 
 def export(row, folder, number):
     "Quantize and write; returns the export's folder."
-    from llmquant.pipeline import quantize
+    from llmquant.pipeline.run import quantize
 
     group_size, options = GRANULARITIES[row.granularity]
     options = {**(options if row.method == "minmax" else {}), "symmetric": row.symmetric}
@@ -290,7 +290,7 @@ def compare(job, reference, said):
 
     from llmquant.evaluation import proof, served_check, served_model
     from llmquant.evaluation.proof_config import read_report
-    from llmquant.loading import load
+    from llmquant.export.loading import load
 
     out, prompts = Path(job.path), job.prompts
     layers, report = proof.check_files(out, reference)["layers"], read_report(out)
@@ -310,8 +310,8 @@ def compare(job, reference, said):
 
 def setting():
     "What vLLM's process is told about the activations of 4-bit weights."
-    from llmquant.evaluation.kernels import W4A8
     from llmquant.evaluation.vllm_check import child_environment
+    from llmquant.serving.cpu_notes import W4A8
 
     return f"{W4A8}={child_environment(True)[W4A8]}"
 
@@ -328,7 +328,7 @@ def with_grid(job, said, found):
     import torch
 
     from llmquant.evaluation.served_model import divergences, forced_logits
-    from llmquant.loading import load
+    from llmquant.export.loading import load
 
     bare = load(job.path, torch.float32, "cpu", getattr(torch, said.dtype), activations=False)
     without = divergences(forced_logits(bare, job.prompts), said)[0].mean().item()
@@ -406,7 +406,7 @@ def plugin_path(folder):
     info = Path(folder) / "plugin" / f"llmquant-{__version__}.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: llmquant\nVersion: {__version__}\n")
-    (info / "entry_points.txt").write_text("[vllm.general_plugins]\nllmquant = llmquant.vllm_plugin:register\n")
+    (info / "entry_points.txt").write_text("[vllm.general_plugins]\nllmquant = llmquant.serving.plugin:register\n")
     return str(info.parent)
 
 

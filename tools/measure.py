@@ -6,7 +6,7 @@
     measure.py fidelity --text FILE     perplexity and weight errors against plain arithmetic -> fidelity.json
     measure.py grid --text FILE         perplexity of rules, granularities and widths -> minmax_perplexity.json
 
-The model is SmolLM2-135M-Instruct off its grid (`llmquant.demo`), in float32. The text should be the test part of
+The model is SmolLM2-135M-Instruct off its grid (`llmquant.evaluation.demo`), in float32. The text should be the test part of
 wikitext-2 (raw), on which published figures are given; without --text it is the demo's, the last third of Python's
 own language reference. A perplexity is over consecutive windows of 1024 tokens from the start. Rows are written as
 they come; a run that was stopped goes on where it was, unless --fresh.
@@ -53,7 +53,7 @@ def read_text(path):
     if path:
         text, name = Path(path).read_text(encoding="utf-8"), Path(path).name
     else:
-        from llmquant.demo import demo_text
+        from llmquant.evaluation.demo import demo_text
 
         text, name = demo_text()[1], f"last third of pydoc_data.topics of Python {platform.python_version()}"
     return text, {"text": name, "text_sha256": hashlib.sha256(text.encode()).hexdigest()}
@@ -65,7 +65,7 @@ class Bench:
     def __init__(self, base, text, windows):
         from transformers import AutoTokenizer
 
-        from llmquant.demo import demo_base
+        from llmquant.evaluation.demo import demo_base
 
         self.base, self.windows = demo_base(base, "float32"), windows
         self.ids = AutoTokenizer.from_pretrained(self.base)(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -99,8 +99,8 @@ def unfolded(model):
     "Every QuantLinear as a Linear with the dequantized weight."
     import torch
 
-    from llmquant.core.in_memory import replace_module_
-    from llmquant.core.quant_linear import QuantLinear
+    from llmquant.in_memory.model import replace_module_
+    from llmquant.in_memory.quant_linear import QuantLinear
 
     for layer in [module for module in model.modules() if isinstance(module, QuantLinear)]:
         linear = torch.nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
@@ -175,7 +175,7 @@ def results_of(given, name, command, windows, about):
         "about": about,
         "machine": machine(),
         "protocol": {
-            "model": "SmolLM2-135M-Instruct, llmquant.demo, float32",
+            "model": "SmolLM2-135M-Instruct, llmquant.evaluation.demo, float32",
             "context": CONTEXT,
             "windows": windows,
             **read_text(given.text)[1],
@@ -315,7 +315,7 @@ def size_of(folder):
 
 def resources(given):
     "MinMax of the demo model in bfloat16: the least of five runs."
-    make = "import sys; from llmquant.demo import demo_base; demo_base(sys.argv[1])"
+    make = "import sys; from llmquant.evaluation.demo import demo_base; demo_base(sys.argv[1])"
     base = Path(given.base).with_name("base-bfloat16")
     subprocess.run([sys.executable, "-c", make, str(base)], check=True, cwd=ROOT)
     results = Results(given.out / "resources.json", resources_header(), given.fresh)

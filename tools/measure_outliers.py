@@ -4,7 +4,7 @@
     measure_outliers.py ... --rows 'dynamic'     only rows whose names match
     measure_outliers.py --list                   the names
 
-The model is SmolLM2-135M-Instruct off its grid in float32 (`llmquant.demo`); rows with `injected` are of the same
+The model is SmolLM2-135M-Instruct off its grid in float32 (`llmquant.evaluation.demo`); rows with `injected` are of the same
 function with strong outliers in its norms (tests/outliers.py). Quantized in memory, perplexity through QuantLinear,
 which puts inputs on the grid as vLLM does. Calibration: the first 32 windows of 512 tokens of --calibration;
 perplexity: the first 24 windows of 1024 tokens of --text. An activation near the border of two codes goes either way by
@@ -175,7 +175,7 @@ def main():
     data = load_calibration(str(given.calibration), bench.base, 49152, WINDOWS, 512, 0)
     header = {"command": "tools/measure_outliers.py", "about": __doc__.split("\n")[0],
               "machines": {device_name(given): machine()},
-              "protocol": {"model": "SmolLM2-135M-Instruct, llmquant.demo, float32", "context": CONTEXT,
+              "protocol": {"model": "SmolLM2-135M-Instruct, llmquant.evaluation.demo, float32", "context": CONTEXT,
                            "windows": given.windows, "text": called(given.text), "noise": NOISE,
                            "calibration": f"{called(given.calibration)}, {WINDOWS} x 512",
                            "injected": f"{CHANNELS} channels times {INJECTED:g}"}}

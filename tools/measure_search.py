@@ -25,7 +25,7 @@ def model_and_ids(folder, blocks, windows, length):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from llmquant.demo import demo_text, smollm2, take_off_grid_
+    from llmquant.evaluation.demo import demo_text, smollm2, take_off_grid_
     if not folder:
         model, tokenizer = smollm2()
         take_off_grid_(model)
@@ -48,8 +48,8 @@ def measure(given):
     import torch
     from block_views import view_of, walk_over
 
-    from llmquant.core.activation_scheme import ActivationScheme
     from llmquant.core.outlier_suppression_registry import OutlierSuppressionRegistry
+    from llmquant.walk.activation_grid import ActivationScheme
     blocks = [int(b) for b in given.blocks.split(",")]
     model, ids = model_and_ids(given.model[0] if given.model else "", max(blocks) + 1, given.windows, given.length)
     walk = walk_over(model, ids, batch_size=1)

@@ -6,7 +6,7 @@
     measure_served.py ... --rows 'W8A8 dynamic' --fresh   the same once more; all other rows stay as they are
     measure_served.py --list                        the names
 
-The model is SmolLM2-135M-Instruct off its grid in float32 (`llmquant.demo`). Each row is an export: `llmquant.load` and
+The model is SmolLM2-135M-Instruct off its grid in float32 (`llmquant.evaluation.demo`). Each row is an export: `llmquant.load` and
 `perplexity` give the simulated figure, a vLLM without plugins the served one, from its log-probabilities of the same
 tokens: the first 8 windows of 1024 tokens of --text, at 32 windows of 512 tokens of --calibration. The two must lie
 within 2 %. vLLM serves in float32 where all Linears have a grid for activations and the platform is a CPU, else in
@@ -52,7 +52,7 @@ def all_rows():
 
 def exported(one, given, bench, folder):
     "The folder to serve, and the seconds that making it took."
-    from llmquant.pipeline import quantize
+    from llmquant.pipeline.run import quantize
 
     if one is None:
         return Path(bench.base), 0.0
@@ -92,10 +92,10 @@ def served(out, dtype, flexible, bench):
     "Perplexity in a vLLM without plugins, and what it was computed with: dtype, kernels, parts of fused Linears."
     from engine import ask
 
-    from llmquant.evaluation.perplexity import as_ids, cut_windows
+    from llmquant.evaluation.perplexity import as_ids, perplexity_windows
     from llmquant.evaluation.vllm_check import Job
 
-    windows = cut_windows(as_ids(bench.ids), CONTEXT, bench.windows).tolist()
+    windows = perplexity_windows(as_ids(bench.ids), CONTEXT, bench.windows).tolist()
     ((tensors, facts),) = ask("text", [Job(str(out), windows, dtype, top=1, sample=1, flexible=flexible)])
     return tensors["logprobs"].mean().neg().exp().item(), {name: json.loads(value) for name, value in facts.items()}
 
@@ -145,7 +145,7 @@ def main():
     if not given.calibration or not given.text:
         parser.error("--calibration and --text must be given")
     bench = bench_of(given, given.text, given.windows)
-    protocol = {"model": "SmolLM2-135M-Instruct, llmquant.demo, float32", "context": CONTEXT, "windows": given.windows}
+    protocol = {"model": "SmolLM2-135M-Instruct, llmquant.evaluation.demo, float32", "context": CONTEXT, "windows": given.windows}
     protocol |= {"apart": APART, "text": called(given.text)}
     protocol |= {"calibration": f"{called(given.calibration)}, {SAMPLES} x {LENGTH}"}
     header = {"command": "tools/measure_served.py", "about": __doc__.split("\n")[0]}

@@ -22,20 +22,19 @@ from unittest.mock import patch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
+from measure import machine
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from measure import machine
-
-from llmquant.core.block_flow import flow_of
-from llmquant.core.block_source import for_checkpoint, for_model
-from llmquant.core.decoder_walk import Storage, begin, climb
 from llmquant.core.errors import UsageError
 from llmquant.core.model_registry import ModelRegistry
-from llmquant.core.plan import make_plan
 from llmquant.core.qtensor import round_to_grid
 from llmquant.core.quantizer_registry import BaseQuantizer
+from llmquant.plan.plan import make_plan
+from llmquant.walk.block_flow import flow_of
+from llmquant.walk.block_source import for_checkpoint, for_model
+from llmquant.walk.decoder_walk import Storage, climb, start_blocks
 
 ROOT = Path(__file__).parent.parent
 WINDOWS, LENGTH, BATCHES, VOCABULARY = 4, 20, (1, 2, 4), 96
@@ -165,12 +164,12 @@ def measured(model, adapter, tensors, tokens, batch_size):
     quantizer.configure({})
     shapes = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
     config = model.config.to_dict()
-    with patch("llmquant.core.plan.leave_unfit", lambda layers, *_: layers): # too narrow for vLLM, and measured all the same
+    with patch("llmquant.plan.plan.leave_unfit", lambda layers, *_: layers): # too narrow for vLLM, and measured all the same
         plan = make_plan(adapter, config, shapes, torch.float32, quantizer, 4, -1)
     source = SimpleNamespace(config=config, tensor=lambda name: tensors[name].detach().clone())
     blocks = for_model(model, adapter) if batch_size == 2 else for_checkpoint(source, adapter)
     writer = Kept()
-    walk = begin(plan, quantizer, blocks, tokens, batch_size, Storage(torch.float32))
+    walk = start_blocks(plan, quantizer, blocks, tokens, batch_size, Storage(torch.float32))
     note_statistics(walk, writer)
     climb(walk, writer)
     return writer.stats, writer

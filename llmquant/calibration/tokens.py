@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..checkpoint.source import read_json
 from ..core.errors import UsageError, library_errors
-from ..core.text_config import text_config
+from ..models.text_config import text_config
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from ..core.disk import read_some
+from .disk import read_some
 from ..core.errors import UsageError
 
 # %% ../../nbs/checkpoint/shard.ipynb #4677b3fe

@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from .folders import ExportFolder
 from .journal import JOURNAL
 from .shard import TensorInfo, as_bytes, plan_shard, tensor_bytes
-from ..core.disk import flush, write_at
+from .disk import flush, write_at
 from ..core.errors import LLMQuantError, UsageError
 from ..core.names import natural_key
 

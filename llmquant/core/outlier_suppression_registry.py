@@ -12,7 +12,7 @@ from typing import Any
 from fastcore.basics import patch
 from .errors import UsageError
 from .options import Option, parse_options
-from .registry import Registry
+from .registry import Registry, by_name
 
 # %% ../../nbs/core/outlier_suppression_registry.ipynb #2568d441
 class BaseOutlierSuppressor:
@@ -67,8 +67,8 @@ def apply(self:BaseOutlierSuppressor,
     calibration_data:Any=None, # Token ids [windows, tokens] or what `quantize` takes; None for data-free ones
 ):                             # The same model
     "Edit a model in memory so that its float function stays and its outliers shrink."
-    from llmquant.core.suppress import present_model, suppress_model
-    return suppress_model(self, model, calibration_data) if is_blockwise(self) else present_model(self, model)
+    if not is_blockwise(self): return by_name("llmquant.in_memory.suppress:present_model")(self, model)
+    return by_name("llmquant.in_memory.suppress:suppress_model")(self, model, calibration_data)
 
 @patch
 def searches(self:BaseOutlierSuppressor) -> bool: # Known after `configure`

@@ -14,7 +14,7 @@ from torch import Tensor
 from .errors import UsageError
 from .options import SYMMETRIC, Option, parse_options
 from .qtensor import QuantizedWeight
-from .registry import Registry
+from .registry import Registry, by_name
 from .scheme import QuantScheme, scheme_for
 
 # %% ../../nbs/core/quantizer_registry.ipynb #33186618
@@ -135,8 +135,7 @@ def quantize(self:BaseQuantizer,
     config:dict|None=None,              # As YAML: {"quantization": {...}, "model": {...}}, or just the method's options
 ):                                      # The same model with `QuantLinear` modules and `config.quantization_config`
     "Quantize a model in memory."
-    from llmquant.core.in_memory import quantize_model
-    return quantize_model(self, model, bits, group_size, layer_wise, target_layers, calibration_data, config)
+    return by_name("llmquant.in_memory.quantize:quantize_model")(self, model, bits, group_size, layer_wise, target_layers, calibration_data, config)
 
 # %% ../../nbs/core/quantizer_registry.ipynb #05828998
 REQUIRED = ("qweight", "scales", "zeros", "bits", "group_size", "quantization_method")
@@ -167,8 +166,7 @@ def _add_vllm_compatibility(self:BaseQuantizer,
     group_size:int, # Columns per scale
 ):
     "The guide's hook: turn Linears with float weights into `QuantLinear` and set `model.config.quantization_config`."
-    from llmquant.core.in_memory import adopt
-    adopt(self, model, bits, group_size)
+    by_name("llmquant.in_memory.adopt:adopt")(self, model, bits, group_size)
 
 # %% ../../nbs/core/quantizer_registry.ipynb #035c29f7
 def _check_quantizer(name:str, cls:type):

@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from ..checkpoint.folders import REPORT
-from ..checkpoint.source import DEPTH, is_deep
+from ..checkpoint.source import JSON_DEPTH, is_deep
 from ..core.errors import ProofError, UsageError
 from ..core.outlier_suppression_registry import CHANGEABLE
 from ..core.scheme import QuantScheme, scheme_of
@@ -81,7 +81,7 @@ def read_report(
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         raise damaged(path, f"is no YAML{f' (line {mark.line + 1})' if mark else ''}") from None
-    objection = f"nested more than {DEPTH} levels deep" if is_deep(report) else report_objection(report)
+    objection = f"nested more than {JSON_DEPTH} levels deep" if is_deep(report) else report_objection(report)
     if objection: raise damaged(path, objection)
     return report
 

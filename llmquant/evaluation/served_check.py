@@ -19,14 +19,15 @@ import torch
 
 from ..checkpoint.source import open_checkpoint, read_json
 from ..core.errors import ProofError
-from .kernels import PER_TOKEN, W4A8, W4A8_PRODUCT
-from .served_linears import (grid_places, linear_errors, parts_of, per_token_places, place,
+from .kernels import PER_TOKEN, W4A8_PRODUCT
+from ..serving.cpu_notes import W4A8
+from .served_linears import (grid_places, linear_errors, fused_parts, per_token_places, place,
                                                 put_on_served_grids)
-from .served_model import (DTYPES, bfloat16_noise_, bound_with_noise, divergences, forced_logits,
+from .served_model import (SERVED_DTYPES, bfloat16_noise_, bound_with_noise, divergences, forced_logits,
                                               inputs_quantized, judged_positions, schemes_of, serving_dtype, summary,
                                               teacher_tokens)
 from .vllm_check import Answer, Job, ask_vllm_many
-from ..loading import load
+from ..export.loading import load
 
 # %% ../../nbs/evaluation/served_check.ipynb #9b87b89b
 logger = logging.getLogger(__name__)
@@ -98,8 +99,8 @@ def compare_linears(model,           # the reference without grids; has them as 
                     ) -> dict:       # figures, empty without grids
     "Put the reference's inputs on their grids, and compare the Linears that have one before and after."
     served_in, structure, places = getattr(torch, said.dtype), (said.parts, said.heads), grid_places(export)
-    seen = {name: pair for name, pair in said.linears.items() if places.issuperset(parts_of(name, said.parts))}
-    left = places.difference(*(parts_of(name, said.parts) for name in seen))
+    seen = {name: pair for name, pair in said.linears.items() if places.issuperset(fused_parts(name, said.parts))}
+    left = places.difference(*(fused_parts(name, said.parts) for name in seen))
     bare = linear_errors(model, seen, *structure, served_in)
     put_on_served_grids(model, export, per_token_places(said.kernels, said.parts), served_in)
     if not places: return {}
@@ -190,11 +191,11 @@ def serve_reference(reference: str | Path,     # MODEL
     "What vLLM makes of the unquantized model in every dtype."
     with closing(open_checkpoint(reference)) as source:
         folder = source.with_weights()  # of a GGUF or float8 codes, what the export was made from
-        answers = ask_vllm_many([Job(str(folder), prompts, dtype, sample=1) for dtype in DTYPES], stock)
+        answers = ask_vllm_many([Job(str(folder), prompts, dtype, sample=1) for dtype in SERVED_DTYPES], stock)
         def wrong(dtype, said):
             if said.error: return refusal(said, folder, "the reference")
             return objection(compare(folder, prompts, said), dtype)
-        return {dtype: wrong(dtype, said) for dtype, said in zip(DTYPES, answers, strict=True)}
+        return {dtype: wrong(dtype, said) for dtype, said in zip(SERVED_DTYPES, answers, strict=True)}
 
 # %% ../../nbs/evaluation/served_check.ipynb #7a5ea25d
 def blame(problem: str,      # with the export
@@ -203,7 +204,7 @@ def blame(problem: str,      # with the export
           ) -> tuple[str, str]:  # one sentence, and the dtype to serve in instead; empty where there is none
     "Whose fault a difference is."
     if not floats[dtype]: return f"the export: {problem}; the float reference, served in the same way, is right", ""
-    right = next((other for other in DTYPES if not floats[other]), "")
+    right = next((other for other in SERVED_DTYPES if not floats[other]), "")
     remedy = f"it is right in {right}, so verify in that" if right else "no dtype is right here, so verify elsewhere"
     return (f"the server: the float reference, served in the same way, is not right either: {floats[dtype]}; "
             f"the export is not to blame ({problem}); {remedy}"), right

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from torch import Tensor
 from .. import __version__
 from ..core.format_registry import BaseFormat, group_objection
-from ..core.packing import pack_bits, unpack_bits, words_for
+from .packing import pack_bits, unpack_bits, words_for
 from ..core.qtensor import QuantizedWeight
 from ..core.scheme import QuantScheme
 from .byte_codes import (activation_words, byte_layout, byte_objection, layout_name, pack_bytes,

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from ..core.errors import UsageError
 from ..core.format_registry import BaseFormat, group_objection
-from ..core.packing import pack_bits, unpack_bits, words_for
+from .packing import pack_bits, unpack_bits, words_for
 from ..core.qtensor import QuantizedWeight
 from ..core.scheme import QuantScheme
 from .byte_codes import weights_only_objection

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import __version__
 from ..core.errors import UsageError
 from ..core.format_registry import BaseFormat, group_objection
-from ..core.packing import pack_bits, unpack_bits
+from .packing import pack_bits, unpack_bits
 from ..core.qtensor import QuantizedWeight
 from ..core.scheme import QuantScheme
 from .byte_codes import weights_only_objection

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 # %% ../../nbs/models/base_adapter.ipynb #b60183ff
 from ..core.errors import UsageError, closest
-from ..core.text_config import text_config
+from ..core.registry import by_name
+from .text_config import text_config
 from .expected import check_tensors, dense_shapes
 from .rotation_sites import COMMON_TYPES, STREAM, common_sites
 from .served_class import FusedTable, served_names, served_otherwise, served_table, vllm_folder
@@ -294,5 +295,4 @@ def save_quantized(self:BaseHuggingFaceAdapter,
     source: str|Path|None = None,# checkpoint that tokenizer and other side files come from
 ):
     "Write a quantized model as a checkpoint that vLLM loads."
-    from llmquant.export import export_model
-    return export_model(model, self, Path(path), source)
+    return by_name("llmquant.in_memory.save:export_model")(model, self, Path(path), source)

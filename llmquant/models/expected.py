@@ -11,7 +11,7 @@ from torch import nn
 
 # %% ../../nbs/models/expected.ipynb #0f9baebc
 from ..core.errors import UsageError
-from ..core.text_config import read_config
+from .text_config import read_config
 from .sites import check_counts
 from .skeleton import checkpoint_names, misshapen_tensor, missing_tensor, on_disk, saved_state, skeleton
 

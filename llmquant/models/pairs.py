@@ -7,7 +7,7 @@ __all__ = ['attention_pairs', 'mlp_pair', 'dense_mlp_pairs', 'latent_attention_p
 
 # %% ../../nbs/models/pairs.ipynb #0bc7df2a
 from ..core.smoothing import SmoothingPair
-from ..core.text_config import text_config
+from .text_config import text_config
 
 # %% ../../nbs/models/pairs.ipynb #8c32e35b
 def attention_pairs(

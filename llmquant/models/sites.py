@@ -15,7 +15,7 @@ from functools import lru_cache
 # %% ../../nbs/models/sites.ipynb #14f043e1
 from ..core.errors import UsageError
 from ..core.names import natural_key
-from ..core.text_config import read_config, text_config
+from .text_config import read_config, text_config
 
 # %% ../../nbs/models/sites.ipynb #13316815
 @dataclass(frozen=True)

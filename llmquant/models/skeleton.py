@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 # %% ../../nbs/models/skeleton.ipynb #fef6dc6b
 from ..core.errors import UsageError, library_errors
 from ..core.names import natural_key
-from ..core.text_config import OWN_CONFIG, read_config
+from .text_config import OWN_CONFIG, read_config
 from .sites import (BEYOND, HEAD, OUTSIDE, ROUTERS, LinearSite, check_beyond, head_site, is_matrix,
                                    make_site, module_of, number_of_blocks, split_block)
 

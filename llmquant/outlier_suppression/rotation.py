@@ -9,16 +9,16 @@ __all__ = ['is_turned', 'sites_for', 'RotationSuppressor', 'stream_rotation']
 from types import MappingProxyType
 import torch
 from fastcore.basics import patch
-from ..core.edited_source import EditedSource, Originals, present_edits, put_edits_, shapes_of
+from ..checkpoint.edited_source import EditedSource, present_edits, shapes_of
 from ..core.errors import UsageError
-from ..core.in_memory import ModelSource, note_suppression
 from ..core.model_registry import ModelRegistry
 from ..core.options import Option
 from ..core.outlier_suppression_registry import BaseOutlierSuppressor
 from ..core.qtensor import digest
-from ..core.rotation import (
-    KINDS, Rotation, RotationSites, both, like_gains, make_blocks, make_rotation, norm_gain, residual_edits, value_edits)
-from ..core.suppress import compare_presented
+from .rotations import ROTATION_KINDS, Rotation, like_gains, make_blocks, make_rotation
+from ..core.rotation_sites import RotationSites
+from .rotation_edits import both, norm_gain, residual_edits, value_edits
+from ..walk.equivalence import compare_presented
 
 # %% ../../nbs/outlier_suppression/rotation.ipynb #2b3ccf78
 def is_turned(
@@ -55,7 +55,7 @@ class RotationSuppressor(BaseOutlierSuppressor):
     scope = "model"
     options = (
         Option("kind", str, "hadamard", "random Hadamard (orthogonal where no such matrix of the size is known) or "
-               "random orthogonal", choices=KINDS),
+               "random orthogonal", choices=ROTATION_KINDS),
         Option("seed", int, 0, "of the random signs or numbers", minimum=0),
         Option("residual", bool, "auto", "turn the residual stream (R1); auto: where the architecture allows it",
                auto=True),
@@ -137,20 +137,3 @@ def present(self:RotationSuppressor,
     head = f"{sites.head}.weight"
     return present_edits(source, edits, {head: sites.embeddings[0]} if tied else {},
                          {"tie_word_embeddings": False} if tied else {})
-
-# %% ../../nbs/outlier_suppression/rotation.ipynb #cc5239bf
-@patch
-@torch.no_grad()
-def apply(self:RotationSuppressor,
-    model,                  # A transformers model; edited in place
-    calibration_data=None,  # Not needed
-):                          # The same model
-    "Turn a model in memory; before anything is edited, both are compared, as checkpoints are."
-    adapter = ModelRegistry.for_config(model.config.to_dict())
-    source = Originals(ModelSource(model, adapter))
-    view = self.present(source, adapter)
-    compare_presented(source, view, [self], str(model.device))
-    added = [name for name in view.tensors if name not in view.source.tensors]
-    put_edits_(model, adapter, view, added[0] if added else "")
-    note_suppression(model, self)
-    return model

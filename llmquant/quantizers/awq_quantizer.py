@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLIP_FACTORS', 'rounding', 'row_parts', 'scaled_error', 'per_channel', 'column_sizes', 'candidates', 'clipped_grid',
-           'AWQQuantizer', 'check_statistics', 'rescale_statistics']
+           'AWQQuantizer', 'check_hessians', 'rescale_statistics']
 
 # %% ../../nbs/quantizers/awq_quantizer.ipynb #7efe0700
 from collections.abc import Iterator
@@ -153,7 +153,7 @@ class AWQQuantizer(BaseQuantizer):
         return self.settings or self.configure({}).settings
 
 # %% ../../nbs/quantizers/awq_quantizer.ipynb #053b1510
-def check_statistics(
+def check_hessians(
     stats:LayerStats|None, # What calibration measured
     name:str,              # The layer, for the message
 ):
@@ -208,7 +208,7 @@ def smooth_pair(self:AWQQuantizer,
     quantized = [name for name in pair.consumers if name in view.plans]
     if not quantized: return
     stats = view.stats[quantized[0]]
-    check_statistics(stats, quantized[0])
+    check_hessians(stats, quantized[0])
     exact = len(quantized) < len(consumers) or (producer.weight.dim() == 2 and pair.producer not in view.plans)
     layers = [(view.module(name).weight.detach().float(), view.plans[name].scheme) for name in quantized]
     scale, notes = self.best_scale(layers, stats, pair, exact)
@@ -252,7 +252,7 @@ def quantize_weight(self:AWQQuantizer,
     scheme:QuantScheme, # The grid
 ) -> QuantizedWeight:
     "Round on clipped ranges; `stats.notes` gets the relative error of the outputs."
-    check_statistics(stats, "this layer")
+    check_hessians(stats, "this layer")
     weight, clip = weight.float(), self.current()["clip"] and scheme.granularity != "tensor"
     quantized = round_to_grid(weight, scheme, clipped_grid(weight, stats.hessian, scheme) if clip else None)
     size = lambda w: float(((w @ stats.hessian) * w).sum())
