@@ -11,7 +11,7 @@ import tiny
 import yaml
 
 import llmquant
-from llmquant.cli.main import main as cli
+from llmquant.cli import main as cli
 from llmquant.core.errors import ProofError, UsageError
 from llmquant.core.options import SYMMETRIC, Option
 from llmquant.core.quantizer_registry import BaseQuantizer, QuantizerRegistry
@@ -360,7 +360,7 @@ def test_exit_status(error, status, monkeypatch, capsys):
 STOPPED = """
 import os, signal, sys, types
 from pathlib import Path
-from llmquant.cli.main import main as cli
+from llmquant.cli import main as cli
 from llmquant.checkpoint.writer import ExportWriter
 def run(recipe):
     with ExportWriter(recipe.output_path, {}): os.kill(os.getpid(), int(sys.argv[1]))

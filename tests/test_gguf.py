@@ -313,7 +313,7 @@ def test_divisors_of_a_model_with_several_rotary_embeddings(case, tmp_path):
 def test_sizes_are_those_of_the_files(tmp_path, capsys):
     "Of a GGUF what lies on disk and its block types; of a rotated checkpoint not the float32 that is read, untied."
     from llmquant.cli.main import main
-    from llmquant.pipeline.run import run as pipeline
+    from llmquant.pipeline import run as pipeline
     from llmquant.utils.config import resolve
 
     file, folder = tmp_path / "tiny.gguf", tmp_path / "base"

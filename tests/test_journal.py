@@ -447,7 +447,7 @@ def test_no_journal_in_what_is_published_or_rejected(tmp_path):
 STOPPED = """
 import os, sys, types
 sys.path.insert(0, {tests!r})
-from llmquant.cli.main import main as cli
+from llmquant.cli import main as cli
 import test_journal
 def run(recipe):
     stop = lambda block: block == 3 and {number} and os.kill(os.getpid(), {number})

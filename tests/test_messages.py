@@ -80,7 +80,7 @@ def test_list_shows_what_each_family_can():
 @pytest.mark.parametrize("verb", ["check", "info"])
 def test_a_folder_without_a_model_is_called_so(tmp_path, capsys, verb):
     "By whatever looks at it: what it holds, and what to give."
-    from llmquant.cli.main import main as cli
+    from llmquant.cli import main as cli
     (tmp_path / "notes.txt").write_text("nothing")
     assert cli.main([verb, *(["--model-path"] if verb == "check" else []), str(tmp_path)]) == 2
     said = capsys.readouterr().err

@@ -15,7 +15,7 @@ import tiny_tokenizer
 import torch
 from safetensors.torch import load_file
 
-from llmquant.cli.main import main as cli
+from llmquant.cli import main as cli
 from llmquant.core.errors import ProofError, UsageError
 from llmquant.core.model_registry import ModelRegistry
 from llmquant.core.qtensor import round_to_grid

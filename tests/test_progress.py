@@ -15,7 +15,7 @@ import tiny_tokenizer
 import torch
 
 from llmquant import quantize
-from llmquant.cli.main import main as cli
+from llmquant.cli import main as cli
 from llmquant.utils.logging import setup_logging
 
 ROOT = Path(__file__).parents[1]

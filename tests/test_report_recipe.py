@@ -7,7 +7,7 @@ import tiny
 import tiny_tokenizer
 import yaml
 
-from llmquant.cli.main import main as cli
+from llmquant.cli import main as cli
 from llmquant.core.errors import UsageError
 from llmquant.export.export import REPORT
 from llmquant.utils.config import resolve
