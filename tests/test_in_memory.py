@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from llmquant import quantize
-from llmquant.checkpoint.edited_source import present_edits
+from llmquant.checkpoint.edited_source import with_edits
 from llmquant.core.errors import UsageError
 from llmquant.core.outlier_suppression_registry import BaseOutlierSuppressor, OutlierSuppressionRegistry
 from llmquant.core.quantizer_registry import QuantizerRegistry
@@ -139,15 +139,15 @@ def test_a_verification_that_nobody_would_make_is_refused():
 
 
 class Transposing(BaseOutlierSuppressor):
-    "Reverses the order of the MLP's inner channels; all it defines is `present`."
-    def present(self, source, adapter):
+    "Reverses the order of the MLP's inner channels; all it defines is `transform`."
+    def transform(self, source, adapter):
         edits = {name: (lambda read, name=name, axis=int("down" in name): read(name).flip(axis))
                  for name in source.tensors if ".mlp." in name}
-        return present_edits(source, edits)
+        return with_edits(source, edits)
 
 
 @pytest.mark.parametrize("scope", ["model", "block"])
-def test_a_suppressor_that_only_presents_works_in_memory_as_on_a_folder(scope, tmp_path):
+def test_a_suppressor_that_only_transforms_works_in_memory_as_on_a_folder(scope, tmp_path):
     "The same codes, and the model's function in float stays."
     from transformers import AutoModelForCausalLM
     OutlierSuppressionRegistry.register("flip", type("Flip", (Transposing,), {"scope": scope}))
@@ -186,7 +186,7 @@ class Mixing(BaseOutlierSuppressor):
             self.peak = max(self.peak, live())
             return value
         return wrapped
-    def present(self, source, adapter):
+    def transform(self, source, adapter):
         edits = {}
         for name in source.tensors:
             if not name.endswith("gate_proj.weight"): continue
@@ -194,10 +194,10 @@ class Mixing(BaseOutlierSuppressor):
             edits[down] = self.measured(lambda read, down=down: read(down) * 2)
             edits[up] = self.measured(lambda read, gate=gate, up=up: read(up) / 2 + 0 * read(gate))
             edits[gate] = self.measured(lambda read, gate=gate, up=up: read(gate) + 0 * read(up))
-        return present_edits(source, edits)
+        return with_edits(source, edits)
 
 
-def test_a_suppressor_that_presents_a_model_in_memory_copies_a_block_and_not_the_model():
+def test_a_suppressor_that_transforms_a_model_in_memory_copies_a_block_and_not_the_model():
     model, mixing = tiny.build("llama", torch.float32, layers=8), Mixing()
     old = {n: p.clone() for n, p in model.named_parameters() if "mlp" in n and ".3." in n}
     gc.collect()
@@ -211,5 +211,5 @@ def test_a_suppressor_that_presents_a_model_in_memory_copies_a_block_and_not_the
 
 def test_a_suppressor_of_the_model_that_edits_blocks_is_refused_when_it_is_registered():
     kind = type("Odd", (BaseOutlierSuppressor,), {"scope": "model", "apply_to_pair": lambda self, pair, view: None})
-    with pytest.raises(UsageError, match="Odd has scope 'model' and defines neither present nor apply"):
+    with pytest.raises(UsageError, match="Odd has scope 'model' and defines neither transform nor apply"):
         OutlierSuppressionRegistry.register("odd", kind)

@@ -45,7 +45,7 @@ def test_a_norm_of_a_later_block_decides_about_the_basis(base, tmp_path, monkeyp
         file = base / "model.safetensors"
         tensors = load_file(file)
         save_file(tensors | {LAST: tensors[LAST].flip(0) * torch.linspace(1, 20, 128)}, file, {"format": "pt"})
-        with pytest.raises(UsageError, match=r"2 finished blocks and other settings \(presented.rotation.channels: "):
+        with pytest.raises(UsageError, match=r"2 finished blocks and other settings \(transformed.rotation.channels: "):
             run(base, tmp_path / "out")
         return
     assert run(base, tmp_path / "out")["resumed"]["at_block"] == 2

@@ -45,7 +45,7 @@ def off(found, wanted): return ((found - wanted).norm() / wanted.norm()).item()
 
 
 def loaded(folder, view):
-    "The transformers model of a presented checkpoint, read back from files that it was written to."
+    "The transformers model of a transformed checkpoint, read back from files that it was written to."
     from transformers import AutoModelForCausalLM
     folder.mkdir()
     save_file({name: view.tensor(name).float().contiguous() for name in view.tensors}, folder/"model.safetensors",
@@ -111,7 +111,7 @@ def test_the_checkpoint_on_disk_keeps_its_function(kind, tmp_path):
     from transformers import AutoModelForCausalLM
     before = logits(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval())
     with CheckpointSource(path) as source:
-        view = RotationSuppressor().configure({}).present(source, ADAPTERS[kind]())
+        view = RotationSuppressor().configure({}).transform(source, ADAPTERS[kind]())
         assert view.path == source.path and view.files() == source.files() and view.dtype == torch.float32
         model = loaded(tmp_path/"turned", view)
     assert off(logits(model), before) < 1e-5
@@ -123,7 +123,7 @@ def test_the_checkpoint_on_disk_keeps_its_function(kind, tmp_path):
 def test_float16_rounds_once(tmp_path):
     path = tiny.make("llama", tmp_path/"half", torch.float16, tie=True)
     with CheckpointSource(path) as source:
-        view = RotationSuppressor().configure({}).present(source, LlamaAdapter())
+        view = RotationSuppressor().configure({}).transform(source, LlamaAdapter())
         assert view.dtype == torch.float16 and view.tensors["lm_head.weight"].dtype == torch.float16
         found = view.tensor("model.layers.0.mlp.up_proj.weight")
         plain = {n: source.tensor(n).double() for n in source.tensors}
@@ -139,7 +139,7 @@ def test_each_block_in_the_new_basis(kind, tmp_path):
     path = tiny.make(kind, tmp_path/kind, torch.float32)
     adapter, suppressor = ADAPTERS[kind](), RotationSuppressor().configure({})
     with CheckpointSource(path) as source, torch.no_grad():
-        view = suppressor.present(source, adapter)
+        view = suppressor.transform(source, adapter)
         plain, turned = (for_checkpoint(s, adapter) for s in (source, view))
         one, two = plain.inputs(IDS, 2), turned.inputs(IDS, 2)
         hidden = one.hidden[0]
@@ -249,12 +249,12 @@ def test_refusals(kind, settings, says):
         RotationSuppressor().configure(settings).apply(tiny.build(kind, torch.float32))
 
 
-def test_what_is_presented_is_a_checkpoint(tmp_path):
+def test_what_is_transformed_is_a_checkpoint(tmp_path):
     "The plan of the turned checkpoint: an own head that stays in float, the same Linears."
     path = tiny.make("llama", Path(tmp_path)/"tied", torch.bfloat16, tie=True)
     adapter = LlamaAdapter()
     with CheckpointSource(path) as source:
-        view = RotationSuppressor().configure({}).present(source, adapter)
+        view = RotationSuppressor().configure({}).transform(source, adapter)
         plain, turned = (adapter.linear_sites(s.config, shapes_of(s)) for s in (source, view))
     assert [s.name for s in plain if s.quantize] == [s.name for s in turned if s.quantize]
     assert [s.reason for s in turned if s.name == "lm_head"] == ["output head"]

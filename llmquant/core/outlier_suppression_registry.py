@@ -16,7 +16,7 @@ from .registry import Registry, by_name
 
 # %% ../../nbs/core/outlier_suppression_registry.ipynb #2568d441
 class BaseOutlierSuppressor:
-    "One outlier suppression method; subclasses write `apply_to_pair`, `apply_to_block`, `present` or `apply`."
+    "One outlier suppression method; subclasses write `apply_to_pair`, `apply_to_block`, `transform` or `apply`."
     name = ""                          # As it is registered
     scope = "block"                    # "block" or "model"
     options: tuple[Option, ...] = ()   # What the section quantization.NAME may say
@@ -54,7 +54,7 @@ class BaseOutlierSuppressor:
 
 # %% ../../nbs/core/outlier_suppression_registry.ipynb #d7256a42
 @patch
-def present(self:BaseOutlierSuppressor,
+def transform(self:BaseOutlierSuppressor,
     source,  # A checkpoint: `config`, `tensors`, `tensor(name)`
     adapter, # Of the model's family
 ):           # A checkpoint of the same function; the same object when nothing is edited outside of blocks
@@ -67,7 +67,7 @@ def apply(self:BaseOutlierSuppressor,
     calibration_data:Any=None, # Token ids [windows, tokens] or what `quantize` takes; None for data-free ones
 ):                             # The same model
     "Edit a model in memory so that its float function stays and its outliers shrink."
-    if not is_blockwise(self): return by_name("llmquant.in_memory.suppress:present_model")(self, model)
+    if not is_blockwise(self): return by_name("llmquant.in_memory.suppress:transform_model")(self, model)
     return by_name("llmquant.in_memory.suppress:suppress_model")(self, model, calibration_data)
 
 @patch
@@ -81,8 +81,8 @@ def get_supported_models(self:BaseOutlierSuppressor) -> list[str]:
     return ["general"]
 
 # %% ../../nbs/core/outlier_suppression_registry.ipynb #fb7a19b9
-CHANGEABLE = ("tie_word_embeddings", "attention_bias") # Of config.json, by what is presented
-HOOKS = ("apply_to_pair", "apply_to_block", "present", "apply")
+CHANGEABLE = ("tie_word_embeddings", "attention_bias") # Of config.json, by a transform
+HOOKS = ("apply_to_pair", "apply_to_block", "transform", "apply")
 
 def defines(
     suppressor, # A suppressor or its class
@@ -107,15 +107,15 @@ def _check_suppressor(name:str, cls:type):
         raise UsageError(f"outlier suppressor {name!r}: {cls.__name__} does not define any of {', '.join(HOOKS)}")
     if cls.scope not in ("block", "model"):
         raise UsageError(f"outlier suppressor {name!r}: scope {cls.scope!r} is not one of block, model")
-    if cls.scope == "model" and not defines(cls, "present", "apply"):
-        raise UsageError(f"outlier suppressor {name!r}: {cls.__name__} has scope 'model' and defines neither present "
+    if cls.scope == "model" and not defines(cls, "transform", "apply"):
+        raise UsageError(f"outlier suppressor {name!r}: {cls.__name__} has scope 'model' and defines neither transform "
                          "nor apply; apply_to_pair and apply_to_block belong to scope 'block'")
 
 # %% ../../nbs/core/outlier_suppression_registry.ipynb #55c27230
 def is_blockwise(
     suppressor, # A suppressor or its class
 ) -> bool:
-    "Whether the walk applies it, block by block; what it presents comes before that."
+    "Whether the walk applies it, block by block; its transform comes before that."
     return suppressor.scope == "block" and defines(suppressor, *HOOKS[:2])
 
 def check_order(

@@ -198,7 +198,7 @@ def check_config(config: dict,  # the export's config.json
     if isinstance(model, dict) and "path" in model and model["path"] is None:
         config = {key: value for key, value in config.items() if key in theirs}
     changed = report.get("config_changes")
-    if isinstance(changed, dict): # an outlier suppressor presented another checkpoint, and said so
+    if isinstance(changed, dict): # an outlier suppressor transformed the checkpoint, and the report holds it
         theirs = theirs | {key: value for key, value in changed.items() if key in CHANGEABLE}
     if "auto_map" not in config: theirs = {key: value for key, value in theirs.items() if key != "auto_map"} # left out
     if found := difference(config, theirs):

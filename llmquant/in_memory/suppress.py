@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Originals', 'untie_', 'put_edits_', 'suppress_model', 'remember', 'declare', 'prepare_model', 'untied_head',
-           'present_model']
+           'transform_model']
 
 # %% ../../nbs/in_memory/suppress.ipynb #7ec89318
 from collections import Counter
@@ -24,7 +24,7 @@ from .model import ModelSource, _names, mark_edited, note_suppression, plan_mode
 from ..utils.logging import progress
 from ..walk.block_source import for_model
 from ..walk.decoder_walk import Storage, start_blocks
-from ..walk.equivalence import check_supported, compare_presented
+from ..walk.equivalence import check_supported, compare_transformed
 
 # %% ../../nbs/in_memory/suppress.ipynb #bfa3b575
 class Originals:
@@ -160,9 +160,9 @@ def declare(
     suppressor, # Of scope "block"
     model,      # A transformers model; edited in place
 ):
-    "What must be there before the blocks are edited: parameters that the model lacked, and what is presented."
+    "What must be there before the blocks are edited: parameters that the model lacked, and what a transform rewrites."
     if ensure := getattr(suppressor, "_ensure_vllm_compatibility", None): ensure(model)
-    elif defines(suppressor, "present"): present_model(suppressor, model)
+    elif defines(suppressor, "transform"): transform_model(suppressor, model)
 
 # %% ../../nbs/in_memory/suppress.ipynb #7f2d08c8
 def prepare_model(
@@ -220,7 +220,7 @@ def _suppress_block(walk, index:int, changed:list):
 def untied_head(
     suppressor, # Presents `view`
     source,     # A model's tensors
-    view,       # The checkpoint that is presented
+    view,       # The transformed checkpoint
 ) -> str:       # Name of the head's weight when it gets a parameter of its own, else ""
     "What must be added to a model; `UsageError` for a checkpoint that it cannot become."
     was, now = shapes_of(source), shapes_of(view)
@@ -233,23 +233,23 @@ def untied_head(
               if source.config.get(key) != view.config.get(key) and key not in known]
     if not other: return head
     some = f"{', '.join(map(str, other[:3]))}{', ...' if other[3:] else ''}"
-    raise UsageError(f"outlier suppressor {suppressor.name} presents other tensors, shapes or settings than the "
+    raise UsageError(f"outlier suppressor {suppressor.name} makes other tensors, shapes or settings than the "
                      f"model's ({some}), which a model in memory cannot take; quantize the checkpoint's folder "
                      "(llmquant.quantize)")
 
 @torch.no_grad()
-def present_model(
-    suppressor, # Defines `present`; configured by defaults when it was not
+def transform_model(
+    suppressor, # Defines `transform`; configured by defaults when it was not
     model,      # A transformers model; edited in place
 ):              # The same model
-    "Bring the checkpoint that a suppressor presents into a model; before anything is edited, both are compared."
+    "Bring the checkpoint as a suppressor transforms it into a model; before anything is edited, both are compared."
     if not suppressor.settings: suppressor.configure({})
     adapter = ModelRegistry.for_config(model.config.to_dict())
     source = Originals(ModelSource(model, adapter), whole=True) # an edit may read any of them
     check_supported(suppressor, adapter, source.config)
-    view = suppressor.present(source, adapter)
+    view = suppressor.transform(source, adapter)
     head = untied_head(suppressor, source, view)
-    compare_presented(source, view, [suppressor], str(model.device))
+    compare_transformed(source, view, [suppressor], str(model.device))
     if view is not source:
         put_edits_(model, adapter, view, head, source)
         mark_edited(model, getattr(view, "edited", view.tensors))

@@ -128,7 +128,7 @@ def as_vector(
 
 # %% ../../nbs/outlier_suppression/outlier_suppression_v2.ipynb #199ab1b4
 @patch
-def present(self:OutlierSuppressionV2,
+def transform(self:OutlierSuppressionV2,
     source,  # A checkpoint: `config`, `tensors`, `tensor(name)`
     adapter, # Of the model's family
 ):           # With zero biases declared; the same object when there is nothing to declare

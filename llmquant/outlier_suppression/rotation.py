@@ -9,7 +9,7 @@ __all__ = ['is_turned', 'sites_for', 'RotationSuppressor', 'stream_rotation']
 from types import MappingProxyType
 import torch
 from fastcore.basics import patch
-from ..checkpoint.edited_source import EditedSource, present_edits, shapes_of
+from ..checkpoint.edited_source import EditedSource, with_edits, shapes_of
 from ..core.errors import UsageError
 from ..core.model_registry import ModelRegistry
 from ..core.options import Option
@@ -18,7 +18,7 @@ from ..core.qtensor import digest
 from .rotations import ROTATION_KINDS, Rotation, like_gains, make_blocks, make_rotation
 from ..core.rotation_sites import RotationSites
 from .rotation_edits import both, norm_gain, residual_edits, value_edits
-from ..walk.equivalence import compare_presented
+from ..walk.equivalence import compare_transformed
 
 # %% ../../nbs/outlier_suppression/rotation.ipynb #2b3ccf78
 def is_turned(
@@ -64,11 +64,11 @@ class RotationSuppressor(BaseOutlierSuppressor):
         Option("block_size", int, 0, "mix only channels of like norm gain, so many at a time; 0: all with all",
                minimum=0),
     )
-    rotation:Rotation|None = None # R1, after `present`
-    notes = MappingProxyType({})  # What was done, for the report, after `present`
+    rotation:Rotation|None = None # R1, after `transform`
+    notes = MappingProxyType({})  # What was done, for the report, after `transform`
 
     def basis(self) -> Rotation|None: # None: the stream is where it was
-        "Takes [..., hidden_size] of the old residual stream to the new one; known after `present`."
+        "Takes [..., hidden_size] of the old residual stream to the new one; known after `transform`."
         return self.rotation
 
     def get_supported_models(self) -> list[str]:
@@ -115,7 +115,7 @@ def stream_rotation(
 
 # %% ../../nbs/outlier_suppression/rotation.ipynb #04d2c41a
 @patch
-def present(self:RotationSuppressor,
+def transform(self:RotationSuppressor,
     source,        # A checkpoint: `config`, `tensors`, `tensor(name)`
     adapter,       # Of the model's family
 ) -> EditedSource: # The same function in other coordinates; tensors in float32, computed when they are read
@@ -135,5 +135,5 @@ def present(self:RotationSuppressor,
     if values: edits = both(edits, value_edits(sites, shapes, s["kind"], s["seed"]))
     self.notes = MappingProxyType(_notes(sites, self.rotation, blocks, values, s))
     head = f"{sites.head}.weight"
-    return present_edits(source, edits, {head: sites.embeddings[0]} if tied else {},
+    return with_edits(source, edits, {head: sites.embeddings[0]} if tied else {},
                          {"tie_word_embeddings": False} if tied else {})

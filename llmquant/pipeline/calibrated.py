@@ -246,7 +246,7 @@ def identity(
     "What a run must share with an interrupted one to go on with it."
     values = {key: entry["value"] for key, entry in recipe_to_dict(recipe).items() if key not in WITHOUT_EFFECT}
     notes = {s.name: dict(getattr(s, "notes", {})) for s in suppressors if s.scope == "model"}
-    if notes: values["presented"] = notes # a change of basis may depend on blocks that are still to come
+    if notes: values["transformed"] = notes # a change of basis may depend on blocks that are still to come
     return values | {"model": checkpoint_fingerprint(bare(source)), "calibration": data.fingerprint,
                      "device": torch.device(device).type, "llmquant": __version__,
                      "torch": str(torch.__version__)}

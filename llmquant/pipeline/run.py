@@ -35,7 +35,7 @@ from ..utils.config import Recipe, recipe_to_dict, resolve
 from ..utils.logging import progress, quieted
 from ..utils.process import tight_memory
 from ..walk.block_source import pick_device
-from ..walk.equivalence import bare, compare_presented, presented
+from ..walk.equivalence import bare, compare_transformed, transformed
 from ..walk.layer import with_words
 from ..walk.walk import walk
 
@@ -109,7 +109,7 @@ def preflight(
     output = look_at_output(recipe)
     with closing(open_checkpoint(recipe.model_path, recipe.trust_remote_code)) as original:
         if output: refuse_overlap(output, original.files())
-        source = presented(original, suppressors)[0]
+        source = transformed(original, suppressors)[0]
         plan, adapter = plan_checkpoint(recipe, source, quantizer)
         if not calibrates(quantizer, recipe):
             return plan, data_free_need(recipe, plan, adapter, source) if streams(quantizer, recipe) else None
@@ -195,7 +195,7 @@ def _run(recipe:Recipe) -> dict:
     quantizer, suppressors = make_quantizer(recipe), make_suppressors(recipe)
     with closing(open_checkpoint(recipe.model_path, recipe.trust_remote_code)) as original:
         refuse_overlap(output, original.files())
-        source = presented(original, suppressors)[0]
+        source = transformed(original, suppressors)[0]
         plan, adapter = plan_checkpoint(recipe, source, quantizer)
         device = pick_device(recipe.device_map)
         model = {"path": str(recipe.model_path), "model_type": source.config.get("model_type"),
@@ -214,7 +214,7 @@ def _run(recipe:Recipe) -> dict:
         need, flow = (need_of(recipe, plan, adapter, quantizer, source, suppressors) if measures
                       else (data_free_need(recipe, plan, adapter, source), None))
         if source is not original: tight_memory()
-        shared["facts"] |= compare_presented(original, source, suppressors, device)
+        shared["facts"] |= compare_transformed(original, source, suppressors, device)
         if measures:
             carry, more = _calibrated(recipe, plan, adapter, quantizer, source, device, shared["facts"], suppressors,
                                       data, need, flow)

@@ -125,7 +125,7 @@ def pass_on(
     source,              # Hands out tensors by name
     sink,                # Takes them
 ):
-    "Bring tensors that are not quantized to the sink; those that the source presents as edited are told to be."
+    "Bring tensors that are not quantized to the sink; those that a suppressor rewrote are counted as edited."
     for name in names:
         tensor = source.tensor(name)
         check_finite(name, tensor, infinite=True)
