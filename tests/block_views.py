@@ -27,7 +27,7 @@ def adapter_of(model):
 
 class Measuring(BaseQuantizer):
     "Stands where a method would; asks for what a suppressor asks for."
-    name, data_free = "measuring", False
+    name = "measuring"
     wanted = ()
     def needed_statistics(self): return self.wanted
     def quantize_weight(self, weight, stats, scheme): raise NotImplementedError

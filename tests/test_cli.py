@@ -78,7 +78,7 @@ def dummies():
         name, supported_bits = "hqq", (2, 3, 4, 8)
 
     class Custom(Dummy):
-        name, data_free = "custom", False
+        name = "custom"
         options = (SYMMETRIC, Option("custom_param1", str, "a"), Option("custom_param2", str, "b"))
 
     registry = QuantizerRegistry._registry

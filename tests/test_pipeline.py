@@ -367,11 +367,17 @@ def test_a_proof_without_vllm_is_refused_before_the_work(base, tmp_path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
-def test_a_broken_package_is_named(third_party, base, tmp_path):
+def test_a_broken_package_stops_only_itself(third_party, base, tmp_path):
+    "The other methods work beside one warning; who asks for the broken one is told which package to repair."
     (tmp_path / "elsewhere" / "thirdparty_quant" / "__init__.py").write_text("import no_such_module")
-    done = run(third_party, "--model-path", base, "--output-path", tmp_path / "out", "--group-size", 32)
-    assert done.returncode == 2 and "package thirdparty-quant cannot be loaded" in done.stderr, done.stderr
-    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+    common = ["--model-path", base, "--group-size", 32]
+    said = "package thirdparty-quant cannot be loaded"
+    done = run(third_party, *common, "--output-path", tmp_path / "out")
+    assert done.returncode == 0 and done.stderr.count(said) == 1, done.stderr
+    assert "Traceback" not in done.stderr and (tmp_path / "out" / "config.json").exists()
+    done = run(third_party, *common, "--output-path", tmp_path / "no", "--method", "thirdparty")
+    assert done.returncode == 2 and said in done.stderr.splitlines()[-1], done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "no").exists()
 
 
 def test_shards_are_as_large_as_asked_and_hold_everything(tmp_path):

@@ -128,7 +128,7 @@ def test_statistics_are_those_of_the_suppressed_block(checkpoints):
     seen = {}
 
     class Looking(BaseQuantizer):
-        name, data_free = "looking", False
+        name = "looking"
         def needed_statistics(self): return ("hessian", "maxima")
         def quantize_weight(self, weight, stats, scheme):
             seen.setdefault(len(seen), (weight.clone(), stats.hessian.clone(), stats.maxima.clone()))

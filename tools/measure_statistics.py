@@ -134,7 +134,7 @@ def build(kind, **changes):
 
 class Keeping(BaseQuantizer):
     "Asks for every statistic and rounds to nearest."
-    name, data_free, stacks_rows = "keeping", False, False
+    name, stacks_rows = "keeping", False
 
     def needed_statistics(self): return STATISTICS
 

@@ -7,6 +7,7 @@ __all__ = ['CHANGEABLE', 'HOOKS', 'BaseOutlierSuppressor', 'defines', 'own_apply
            'OutlierSuppressionRegistry']
 
 # %% ../../nbs/core/outlier_suppression_registry.ipynb #fd3dce85
+from copy import copy
 from types import MappingProxyType
 from typing import Any
 from fastcore.basics import patch
@@ -33,7 +34,7 @@ class BaseOutlierSuppressor:
 
     def current(self) -> MappingProxyType: # The options' values
         "The settings; the defaults before `configure`."
-        return self.settings or self.configure({}).settings
+        return self.settings or copy(self).configure({}).settings
 
     def needed_statistics(self) -> tuple[str, ...]: # See the Statistics page
         "What must be measured at the inputs of a block's Linears; () for data-free ones."

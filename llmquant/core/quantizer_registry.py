@@ -6,6 +6,8 @@
 __all__ = ['REQUIRED', 'BaseQuantizer', 'QuantizerRegistry']
 
 # %% ../../nbs/core/quantizer_registry.ipynb #9f6f4b56
+from copy import copy
+from inspect import getattr_static
 from types import MappingProxyType
 from typing import Any
 import torch
@@ -24,7 +26,6 @@ class BaseQuantizer:
     options: tuple[Option, ...] = ()         # What users may set, besides `symmetric`
     supported_bits = (2, 3, 4, 8, 16)        # 16 leaves the model as it is
     supported_group_sizes = (32, 64, 128, 256) # The usual ones; any that divides in_features works
-    data_free = True                         # Whether it looks at weights alone
     floats = False                           # Whether it knows grids of FP8 numbers, too
     stacks_rows = False                      # Rows do not see each other: Linears with one input may be stacked
     settings = MappingProxyType({})          # The options' values, set by `configure`
@@ -33,6 +34,11 @@ class BaseQuantizer:
     def needed_statistics(self) -> tuple[str, ...]: # Of "hessian", "cross" and "maxima"; see the Statistics page
         "What calibration must measure for it."
         return ()
+
+    @property
+    def data_free(self) -> bool: # Follows from `needed_statistics`
+        "Whether it looks at weights alone."
+        return not self.needed_statistics()
 
     def prepare_block(self,
         view:Any, # A `BlockView`: modules, schemes, smoothing pairs and statistics of one decoder block
@@ -94,6 +100,11 @@ def configure(self:BaseQuantizer,
     self.settings = MappingProxyType(parse_options(self.all_options(), values, where or f"quantization.{self.name}"))
     return self
 
+@patch
+def current(self:BaseQuantizer) -> MappingProxyType: # The options' values
+    "The settings; the defaults before `configure`."
+    return self.settings or copy(self).configure({}).settings
+
 # %% ../../nbs/core/quantizer_registry.ipynb #8dc19e0f
 @patch
 def check_bits(self:BaseQuantizer,
@@ -113,7 +124,7 @@ def make_scheme(self:BaseQuantizer,
 ) -> QuantScheme:
     "The grid that bits, group size and this quantizer's settings describe."
     self.check_bits(bits)
-    s = self.settings or self.configure({}).settings
+    s = self.current()
     kwargs = {"symmetric": s["symmetric"], "scale_dtype": scale_dtype, "range_rule": s.get("dynamic_range", "minmax")}
     if "percentile" in s: kwargs["percentile"] = s["percentile"]
     if self.activations is not None and self.activations.type == "float" and not self.floats:
@@ -175,6 +186,11 @@ def _check_quantizer(name:str, cls:type):
         raise UsageError(f"method {name!r}: {cls.__name__} is not a subclass of BaseQuantizer")
     if cls.quantize_weight is BaseQuantizer.quantize_weight and cls.quantize is BaseQuantizer.quantize:
         raise UsageError(f"method {name!r}: {cls.__name__} defines neither quantize_weight nor quantize")
+    said = getattr_static(cls, "data_free")
+    if not isinstance(said, bool) or cls.quantize is not BaseQuantizer.quantize: return
+    if said == bool(asked := tuple(cls().needed_statistics())):
+        raise UsageError(f"method {name!r}: {cls.__name__} says data_free = {said} and its needed_statistics() asks for "
+                         f"{', '.join(asked) or 'nothing'}; leave data_free out, it follows from needed_statistics()")
 
 # %% ../../nbs/core/quantizer_registry.ipynb #0330aea4
 class QuantizerRegistry:

@@ -115,7 +115,6 @@ def put_edits_(
 class _Planner(BaseQuantizer):
     "Plans a grid and never uses it."
     activations = ActivationScheme()
-    data_free = False
 
 @torch.no_grad()
 def suppress_model(

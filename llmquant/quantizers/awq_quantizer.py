@@ -121,7 +121,7 @@ def _best_of_part(part:Tensor, blocks:Tensor, scheme:QuantScheme) -> tuple[Tenso
 class AWQQuantizer(BaseQuantizer):
     "Columns scaled by the size of what they are given, then rounded on clipped ranges."
     name = "awq"
-    data_free, stacks_rows = False, True
+    stacks_rows = True
     supported_bits = (2, 3, 4, 8)
     options = (
         SYMMETRIC,
@@ -147,10 +147,6 @@ class AWQQuantizer(BaseQuantizer):
         "AWQ's own layout where vLLM takes it."
         width = 32 * scheme.width(32)
         return "compressed_tensors" if FormatRegistry.get("awq")().objection(scheme, width, width) else "awq"
-
-    def current(self) -> dict: # The options' values
-        "The settings; the defaults before `configure`."
-        return self.settings or self.configure({}).settings
 
 # %% ../../nbs/quantizers/awq_quantizer.ipynb #053b1510
 def check_hessians(

@@ -22,7 +22,7 @@ from .gptq_solver import Sweep, inverse_factor
 class GPTQQuantizer(BaseQuantizer):
     "Columns rounded one by one, the error of each taken up by those still to come."
     name = "gptq"
-    data_free, stacks_rows, supported_bits = False, True, (2, 3, 4, 8)
+    stacks_rows, supported_bits = True, (2, 3, 4, 8)
     options = (
         SYMMETRIC,
         Option("damp_percent", float, 0.01, "share of the Hessian's mean diagonal added to it; raised if needed",
@@ -47,12 +47,6 @@ class GPTQQuantizer(BaseQuantizer):
         "GPTQ's own layout where vLLM takes it."
         objection = FormatRegistry.get("gptq")().objection(scheme, 32, 32 * max(scheme.group_size, 1))
         return "compressed_tensors" if objection else "gptq"
-
-# %% ../../nbs/quantizers/gptq_quantizer.ipynb #9ee3c156
-@patch
-def current(self:GPTQQuantizer) -> dict: # The options' values
-    "The settings; the defaults before `configure`."
-    return self.settings or self.configure({}).settings
 
 # %% ../../nbs/quantizers/gptq_quantizer.ipynb #de0d3b08
 @patch

@@ -63,7 +63,7 @@ def quantize_weight(self:HQQQuantizer,
     scheme:QuantScheme, # The grid
 ) -> QuantizedWeight:
     "Each weight to the nearest code of the grid that the solver found."
-    s = self.settings or self.configure({}).settings
+    s = self.current()
     schedule = Schedule(s["lp_norm"], s["beta"], s["kappa"], s["iterations"])
     return round_to_grid(weight, scheme, solve(weight, scheme, schedule))
 
