@@ -89,7 +89,7 @@ def corrected_(
     factor:Tensor,   # The upper factor of the Hessian's inverse
     strength:float,  # 0 to 1
 ) -> Tensor:         # `target`
-    "Move the weight to where it gives, on the quantized stream's inputs, more of what it gave on the float stream's."
+    "Move the weight so that its outputs on quantized activations come nearer to those on float activations."
     for part, own in zip(target.split(1024, 1), shift.split(1024, 1)):
         part.addmm_(factor.T, factor @ own, alpha=strength)
     return target
@@ -111,7 +111,7 @@ def output_error(
 # %% ../../nbs/quantizers/gptq_quantizer.ipynb #7bcc961a
 @patch
 def _sweep(self:GPTQQuantizer, weight:Tensor, stats:LayerStats, scheme:QuantScheme) -> tuple[Sweep, dict]:
-    "A finished sweep over `weight`, and what there is to say of it."
+    "A finished sweep over `weight`, and its notes for the report."
     settings, diagonal = self.current(), stats.hessian.diagonal().clone()
     order, by_size = self.rounding_order(diagonal, scheme.bits)
     target = weight.T[order]
@@ -120,9 +120,9 @@ def _sweep(self:GPTQQuantizer, weight:Tensor, stats:LayerStats, scheme:QuantSche
         if by_size: shift = shift[order]
     factor, damp = inverse_factor(stats.hessian, order, settings["damp_percent"])
     if settings["propagate"] > 0: corrected_(target, shift, factor, settings["propagate"])
-    sweep, in_turn = Sweep(target, factor, diagonal[order], order, scheme), not (by_size or settings["static_groups"])
-    if not in_turn: sweep.fit_all()
-    sweep.run(in_turn=in_turn)
+    sweep, dynamic = Sweep(target, factor, diagonal[order], order, scheme), not (by_size or settings["static_groups"])
+    if not dynamic: sweep.fit_all()
+    sweep.run(dynamic_groups=dynamic)
     notes = {"damp_percent": damp, "dead_columns": int((diagonal == 0).sum())}
     if by_size and scheme.granularity == "group":
         notes["desc_act"] = "by activation size; groups stay, no g_idx"

@@ -105,12 +105,12 @@ def search_grid(
 # %% ../../nbs/quantizers/gptq_solver.ipynb #056fb012
 @dataclass
 class Sweep:
-    "A weight on its way to codes. Columns stand in the order in which they are rounded."
+    "The state of the loop: weight, errors and codes. Columns stand in the order in which they are rounded."
     weight: Tensor      # float32 [in_features, out_features], contiguous; becomes the error w - ŵ of each column
     factor: Tensor      # float32 [in_features, in_features], from `inverse_factor`; rows are scaled in place
     importance: Tensor  # float32 [in_features], the Hessian's diagonal
     order: Tensor       # int64 [in_features], which column of the layer stands at each place
-    scheme: QuantScheme # The grid
+    scheme: QuantScheme # Width, symmetry, groups
 
     def __post_init__(self):
         columns, rows = self.weight.shape
@@ -127,12 +127,12 @@ def fit_group(self:Sweep,
     group:int,         # Its number in the layer's own order of columns
     places:slice|Tensor, # Where its columns stand
 ):
-    "Find and keep the grid of one group."
+    "Find scale and zero point of one group."
     self.scales[group], self.zeros[group] = search_grid(self.weight[places], self.importance[places], self.scheme)
 
 @patch
 def fit_all(self:Sweep):
-    "Find the grids of all groups before anything is rounded, on the layer's own order of columns."
+    "Static groups: find the grids of all groups before anything is rounded, on the layer's own order of columns."
     places = self.order.argsort().view(-1, self.width)
     for group, own in enumerate(places): self.fit_group(group, own)
 
@@ -161,21 +161,21 @@ LEAF = 16 # Columns below which a matrix product does not pay
 def run(self:Sweep,
     start:int=0,        # First column
     stop:int|None=None, # Behind the last; all when absent
-    in_turn:bool=True,  # Find each group's grid when its turn comes; else `fit_all` has
+    dynamic_groups:bool=True, # Find each group's grid when the loop reaches it; else `fit_all` has
 ):
-    "Round the columns from `start` to `stop`, which nothing before them owes anything."
+    "Round the columns from `start` to `stop`; those before them are rounded and compensated."
     stop = len(self.weight) if stop is None else stop
     size = stop - start
-    if in_turn and size == self.width: self.fit_group(start // self.width, slice(start, stop))
+    if dynamic_groups and size == self.width: self.fit_group(start // self.width, slice(start, stop))
     if size <= min(LEAF, self.width): return self.round_columns(start, stop)
     half = start + (size // self.width + 1) // 2 * self.width if size > self.width else (start + stop) // 2
-    self.run(start, half, in_turn)
+    self.run(start, half, dynamic_groups)
     self.weight[half:stop].addmm_(self.factor[start:half, half:stop].T, self.weight[start:half], alpha=-1)
-    self.run(half, stop, in_turn)
+    self.run(half, stop, dynamic_groups)
 
 # %% ../../nbs/quantizers/gptq_solver.ipynb #aefdd4e2
 @patch
 def result(self:Sweep) -> QuantizedWeight: # Columns in the layer's own order
-    "Codes, scales and zero points, turned back to [out_features, ...]."
+    "Codes, scales and zero points, transposed back to [out_features, ...]."
     codes = self.codes[self.order.argsort()].T.contiguous()
     return QuantizedWeight(codes, self.scales.T.contiguous(), self.zeros.T.contiguous(), self.scheme)
