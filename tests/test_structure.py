@@ -121,6 +121,13 @@ def callers_by_name(trees):
                     yield f"{ast.unparse(first)}.{node.name}" if first is not None else node.name
 
 
+def reached_through(trees, name, attribute):
+    "Modules that reach through an object to what it owns, such as `sink.writer`."
+    return sorted({module for module, tree in trees.items() for node in ast.walk(tree)
+                   if isinstance(node, ast.Attribute) and node.attr == attribute
+                   and ast.unparse(node.value).split(".")[-1] == name})
+
+
 @pytest.fixture(scope="module")
 def trees(): return modules(PACKAGE)
 
@@ -141,6 +148,9 @@ def test_only_the_base_classes_reach_up_by_name(trees):
     assert set(callers_by_name(trees)) - {"__getattr__"} == BY_NAME
 
 
+def test_the_export_sink_owns_writer_and_journal(trees): assert reached_through(trees, "sink", "writer") == []
+
+
 def test_core_stays_small():
     assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in (PACKAGE / "core").glob("*.py")) <= 2000
 
@@ -150,7 +160,7 @@ def test_what_these_tests_would_find(tmp_path):
     for name, text in {
         "core/a.py": "from ..cli.b import f\nLIMIT = 1\nclass C: pass\n", "cli/b.py": "from ..core import a\nLIMIT = 2\n",
         "core/c.py": "from .d import x\n@patch\ndef m(self:C): pass\n", "core/d.py": "def x():\n    from .c import m\n",
-        "formats/e.py": "import llmquant.models.g\n", "models/g.py": "",
+        "formats/e.py": "import llmquant.models.g\n", "models/g.py": "self.sink.writer.journal\n",
     }.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -158,3 +168,4 @@ def test_what_these_tests_would_find(tmp_path):
     assert circles(arrows(found)) == ["cli.b", "core.a", "core.c", "core.d"]
     assert upward(arrows(found)) == [("core.a", "cli.b")] and sideways(arrows(found)) == [("formats.e", "models.g")]
     assert homonyms(found) == {"LIMIT": ["cli.b", "core.a"]} and strangers(found) == ["core.c: C.m"]
+    assert reached_through(found, "sink", "writer") == ["models.g"]

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 import torch
 import yaml
+from fastcore.basics import patch
 from torch import Tensor
 from ..checkpoint.folders import REPORT
 from ..checkpoint.side_files import AUTO_MAP, CODE, compared_files, config_digest, file_digest, sort_side_files
@@ -63,6 +64,37 @@ class ExportSink:
         "Write a tensor that a method changed; the proof must know it."
         self.writer.write(name, tensor)
         self.edited[name] = digest(raw_bytes(tensor))
+
+# %% ../../nbs/export/export.ipynb #7e42a9d3
+@patch(as_prop=True)
+def folder(self:ExportSink) -> Path:
+    "The unfinished export, beside its final name."
+    return self.writer.folder
+
+@patch(as_prop=True)
+def done(self:ExportSink) -> list[tuple[int, dict]]:
+    "Blocks that an interrupted run finished, in order: their index and their record."
+    return self.writer.journal.done
+
+@patch(as_prop=True)
+def hidden_states(self:ExportSink) -> Path:
+    "The journal's folder, where files of hidden states outlast the run."
+    return self.writer.journal.place
+
+@patch
+def need_room(self:ExportSink,
+    nbytes:int, # Of the files in `hidden_states` at their most
+):
+    "`UsageError` when the disk has no room for them and for what is still to be written."
+    self.writer.need_room(nbytes)
+
+@patch
+def finish_block(self:ExportSink,
+    index:int,   # Of the block, larger than the one before
+    record:dict, # Plain values
+):
+    "Make a block's tensors last, then write its record into the journal."
+    self.writer.finish_block(index, record)
 
 # %% ../../nbs/export/export.ipynb #9ebe7d0d
 def export_config(

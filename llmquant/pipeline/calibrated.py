@@ -255,10 +255,10 @@ def identity(
 class RunJournal:
     "A run's journal as the walk writes it: beside each block, what it was made from and the time up to there."
     def __init__(self,
-        writer,                  # An `ExportWriter` with a journal
+        sink,                    # An `ExportSink` with a journal
         source:CheckpointSource, # The checkpoint on disk; its `digests` are filled from now on
     ):
-        self.writer, self.source, self.done = writer, source, writer.journal.done
+        self.sink, self.source, self.done = sink, source, sink.done
         self.known = {name: digest for _, record in self.done for name, digest in record.get("read", {}).items()}
         self.before = self.done[-1][1].get("seconds", {}) if self.done else {}
         self.start, source.digests = (perf_counter(), process_time()), {}
@@ -268,7 +268,7 @@ class RunJournal:
         for name, digest in self.known.items():
             if name in self.source.tensors: self.source.tensor(name)
             if self.source.digests.get(name) == digest: continue
-            raise UsageError(f"{self.writer.journal.partial}: is an unfinished run with {len(self.done)} finished blocks "
+            raise UsageError(f"{self.sink.folder}: is an unfinished run with {len(self.done)} finished blocks "
                              f"of another model (tensor {name} is not what they were made from); repeat the old "
                              "command with the old model, or discard it with --no-resume")
 
@@ -284,7 +284,7 @@ class RunJournal:
         "Write a block down."
         read = {name: digest for name, digest in self.source.digests.items() if name not in self.known}
         self.known |= read
-        self.writer.finish_block(index, {**record, "read": read, "seconds": self.seconds()})
+        self.sink.finish_block(index, {**record, "read": read, "seconds": self.seconds()})
 
 # %% ../../nbs/pipeline/calibrated.ipynb #0e8d0411
 def calibrated_carry(
@@ -300,13 +300,13 @@ def calibrated_carry(
 ) -> list[LayerResult]:
     "Walk up the decoder and bring everything to the sink."
     tight_memory()
-    sink.writer.need_room(need.hidden)
-    journal = RunJournal(sink.writer, bare(source))
+    sink.need_room(need.hidden)
+    journal = RunJournal(sink, bare(source))
     journal.check()
     edits = quantizer.edits_blocks() or bool(suppressors)
     blocks = for_checkpoint(source, adapter, device, compute_dtype(device, source.dtype, edits), flow)
     storage = Storage(source.dtype, None if need.in_files else "cpu" if device == "cpu" else device,
-                      sink.writer.journal.place)
+                      sink.hidden_states)
     if journal.done: logger.info("resuming at block %d of 0 to %d", len(journal.done), len(blocks) - 1)
     walk = start_blocks(plan, quantizer, blocks, data.tokens, recipe.calibration["batch_size"], storage, journal.done,
                  suppressors)
