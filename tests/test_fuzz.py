@@ -120,7 +120,7 @@ def test_header_of_a_gguf(key, behind, value, expected, bases, tmp_path):
 
 
 O_PROJ, QKV = "model.layers.0.self_attn.o_proj.weight", "gpt_neox.layers.0.attention.query_key_value.weight"
-ROTATED = [  # model, tensor, what becomes of it (None: it is not there), what every command says that turns the model
+ROTATED = [  # model, tensor, what becomes of it (None: it is not there), what every command that rotates the model reports
     ("llama", "model.embed_tokens.weight", lambda t: t[0, 0].clone(), "shape [] in the checkpoint, [512, 128] by"),
     ("llama", O_PROJ, lambda t: t.reshape(-1), "shape [16384] in the checkpoint, [128, 128] by config.json"),
     ("llama", "lm_head.weight", None, "not in the checkpoint, and LlamaForCausalLM of config.json needs it"),
@@ -129,7 +129,7 @@ ROTATED = [  # model, tensor, what becomes of it (None: it is not there), what e
 
 
 @pytest.mark.parametrize("kind,name,change,expected", ROTATED)
-def test_checkpoints_to_turn(kind, name, change, expected, tmp_path):
+def test_checkpoints_to_rotate(kind, name, change, expected, tmp_path):
     "A tensor that is missing or of another shape is refused before a rotation looks at it, by `check` and by a run."
     model = tiny.make(kind, tmp_path / "model")
     file = model / "model.safetensors"

@@ -80,12 +80,12 @@ def test_sizes_are_those_of_the_model_before_and_after(base, tmp_path):
 
 def test_only_what_was_measured_is_told(base, tmp_path):
     "A rotation is seen on the tokens of its comparison; a run without suppressors has neither numbers nor a picture."
-    report = run(base, tmp_path / "turned", "rotation")
+    report = run(base, tmp_path / "rotated", "rotation")
     stage, = report["outlier_suppression"]["sizes"]
     assert stage["by"] == "rotation" and stage["tokens"] == "32 random tokens"
     gate = stage["largest_over_median"][0]["mlp.gate_proj"]
     assert gate["after"] < 5 < gate["before"]
-    assert (tmp_path / "turned" / PICTURE).exists()
+    assert (tmp_path / "rotated" / PICTURE).exists()
     quantize(base, tmp_path / "plain", "minmax", bits=4, group_size=32)
     assert not (tmp_path / "plain" / PICTURE).exists()
 

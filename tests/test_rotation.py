@@ -25,7 +25,7 @@ ADAPTERS = {"llama": LlamaAdapter, "mistral": LlamaAdapter, "qwen2": QwenAdapter
             "qwen2_moe": QwenAdapter, "qwen3_moe": QwenAdapter, "deepseek_v2": DeepSeekAdapter,
             "deepseek_v3": DeepSeekAdapter, "gpt_neox": GPTNeoXAdapter, "opt": OPTAdapter,
             "gemma": BaseHuggingFaceAdapter, "olmo2": BaseHuggingFaceAdapter, "gemma2": BaseHuggingFaceAdapter}
-TURNED = [kind for kind in ADAPTERS if kind not in ("olmo2", "gemma2")]
+ROTATED = [kind for kind in ADAPTERS if kind not in ("olmo2", "gemma2")]
 IDS = torch.randint(3, 500, (2, 48), generator=torch.Generator().manual_seed(0))
 
 
@@ -65,7 +65,7 @@ def test_the_model_in_memory_keeps_its_function(kind, tie):
     moved = {n for n, p in weights.items() if not torch.equal(p, dict(model.named_parameters())[n])}
     values = [n for n in weights if n.endswith(("v_proj.weight", "o_proj.weight", "out_proj.weight"))]
     assert moved.issuperset(values if "deepseek" not in kind else [])
-    if kind in TURNED:
+    if kind in ROTATED:
         assert model.get_input_embeddings().weight is not model.get_output_embeddings().weight
         assert model.config.tie_word_embeddings is False
         norms = [p for n, p in model.named_parameters() if n.endswith("norm.weight") and len(p) == 128]
@@ -113,7 +113,7 @@ def test_the_checkpoint_on_disk_keeps_its_function(kind, tmp_path):
     with CheckpointSource(path) as source:
         view = RotationSuppressor().configure({}).transform(source, ADAPTERS[kind]())
         assert view.path == source.path and view.files() == source.files() and view.dtype == torch.float32
-        model = loaded(tmp_path/"turned", view)
+        model = loaded(tmp_path/"rotated", view)
     assert off(logits(model), before) < 1e-5
     again = tiny.build(kind, torch.float32, tie=tie)
     RotationSuppressor().configure({}).apply(again)
@@ -140,15 +140,15 @@ def test_each_block_in_the_new_basis(kind, tmp_path):
     adapter, suppressor = ADAPTERS[kind](), RotationSuppressor().configure({})
     with CheckpointSource(path) as source, torch.no_grad():
         view = suppressor.transform(source, adapter)
-        plain, turned = (for_checkpoint(s, adapter) for s in (source, view))
-        one, two = plain.inputs(IDS, 2), turned.inputs(IDS, 2)
+        plain, rotated = (for_checkpoint(s, adapter) for s in (source, view))
+        one, two = plain.inputs(IDS, 2), rotated.inputs(IDS, 2)
         hidden = one.hidden[0]
         assert off(two.hidden[0], suppressor.basis()(hidden)) < 1e-6
         for index in range(2):
             out, _ = one.call(index, plain.load(index), hidden)
-            changed, _ = two.call(index, turned.load(index), suppressor.basis()(hidden))
+            changed, _ = two.call(index, rotated.load(index), suppressor.basis()(hidden))
             assert off(changed, suppressor.basis()(out)) < 1e-5
-            plain.empty(), turned.empty()
+            plain.empty(), rotated.empty()
             hidden = out
 
 
@@ -221,7 +221,7 @@ def test_everything_has_a_role(tmp_path):
     sites = DeepSeekAdapter().rotation_sites(config, more | {"model.layers.2.eh_proj.weight": (128, 256)})
     assert "beyond block 1" in sites.left_out
     assert not any("layers.2." in n for n, _ in sites.norms) and not any("layers.2." in n for n in sites.writers)
-    with pytest.raises(UsageError, match="tensor model.layers.0.mlp.odd.weight: nobody has said"):
+    with pytest.raises(UsageError, match="tensor model.layers.0.mlp.odd.weight: the adapter does not declare"):
         DeepSeekAdapter().rotation_sites(config, shapes | {"model.layers.0.mlp.odd.weight": (8, 128)})
     readers = {r for _, names in sites.norms for r in names}
     roles = {n for n in (*readers, *sites.writers)}
@@ -241,8 +241,8 @@ def test_norms_behind_the_sub_layers(kind):
 @pytest.mark.parametrize("kind,settings,says", (
     ("olmo2", {"residual": True}, "residual: true, and it cannot be done: norms behind"),
     ("deepseek_v3", {"values": True}, "values: true, and it cannot be done"),
-    ("olmo2", {"values": False}, "nothing to turn in model type 'olmo2'"),
-    ("llama", {"values": False, "residual": False}, "nothing to turn in model type 'llama'"),
+    ("olmo2", {"values": False}, "nothing to rotate in model type 'olmo2'"),
+    ("llama", {"values": False, "residual": False}, "nothing to rotate in model type 'llama'"),
     ("phi3", {}, "model type 'phi3'")))
 def test_refusals(kind, settings, says):
     with pytest.raises(UsageError, match=says):
@@ -250,12 +250,12 @@ def test_refusals(kind, settings, says):
 
 
 def test_what_is_transformed_is_a_checkpoint(tmp_path):
-    "The plan of the turned checkpoint: an own head that stays in float, the same Linears."
+    "The plan of the rotated checkpoint: an own head that stays in float, the same Linears."
     path = tiny.make("llama", Path(tmp_path)/"tied", torch.bfloat16, tie=True)
     adapter = LlamaAdapter()
     with CheckpointSource(path) as source:
         view = RotationSuppressor().configure({}).transform(source, adapter)
-        plain, turned = (adapter.linear_sites(s.config, shapes_of(s)) for s in (source, view))
+        plain, rotated = (adapter.linear_sites(s.config, shapes_of(s)) for s in (source, view))
     assert [s.name for s in plain if s.quantize] == [s.name for s in turned if s.quantize]
     assert [s.reason for s in turned if s.name == "lm_head"] == ["output head"]
     assert set(view.tensors) - set(source.tensors) == {"lm_head.weight"} and source.config["tie_word_embeddings"]

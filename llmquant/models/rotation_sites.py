@@ -64,13 +64,13 @@ def _modules(table:StreamTable, config:dict, shapes:dict) -> tuple[dict, list[st
         module, _, leaf = inside.rpartition(".")
         role = roles.get(inside) or (roles.get(module) if leaf in ("weight", "bias") else None)
         if role is None:
-            raise UsageError(f"tensor {name}: nobody has said whether it reads the residual stream, adds to it or "
+            raise UsageError(f"tensor {name}: the adapter does not declare whether it reads the residual stream, adds to it or "
                              "neither, so a rotation would leave it out; name it in the adapter's rotation_sites")
         if leaf == "weight": found.setdefault((block, role), []).append(name.removesuffix(".weight"))
     return found, beyond
 
 def _check_sizes(sites:RotationSites, shapes:dict):
-    "`UsageError` when a tensor that a rotation turns has not the stream's size."
+    "`UsageError` when a tensor that a rotation rotates has not the stream's size."
     hidden = shapes[sites.embeddings[0]][-1]
     read = [reader for _, readers in sites.norms for reader in readers] + [sites.head] * (not sites.tied)
     axes = [(name, -1) for name in sites.embeddings] + [(f"{name}.weight", -1) for name in read]
@@ -85,7 +85,7 @@ def stream_sites(
     config:dict,        # config.json, parsed
     shapes:dict,        # Tensor name to shape
     values:tuple=(),    # `ValueSite`s
-    refusal:str="",     # Why the stream cannot be turned after all
+    refusal:str="",     # Why the stream cannot be rotated after all
 ) -> RotationSites:
     "Everything that touches the residual stream."
     if refusal: return refused_sites(values, refusal)
@@ -96,7 +96,7 @@ def stream_sites(
     head = f"{table.head}.weight"
     tied = head not in shapes or bool(text_config(config).get("tie_word_embeddings"))
     lacking = [name for name in (*table.embeddings, *(() if tied else (head,))) if name not in shapes]
-    if lacking: raise UsageError(f"tensor {lacking[0]}: not in the checkpoint, and a rotation must turn it; "
+    if lacking: raise UsageError(f"tensor {lacking[0]}: not in the checkpoint, and a rotation must rotate it; "
                                  "fetch the checkpoint again")
     names = {name.rpartition(".")[0] for name in shapes}
     final = table.final_norm if table.final_norm in names else ""
@@ -131,9 +131,9 @@ POST_NORM_ADDED = "norms behind attention and MLP multiply what is added to the 
 
 def refused_sites(
     values:tuple, # `ValueSite`s
-    refusal:str,  # Why the stream cannot be turned
+    refusal:str,  # Why the stream cannot be rotated
 ) -> RotationSites:
-    "Sites of a checkpoint of which only values are turned."
+    "Sites of a checkpoint of which only values are rotated."
     return RotationSites((), "", False, "", (), (), tuple(values), refusal=refusal)
 
 STREAM = "residual stream and values" # Where values have a Linear of their own
@@ -144,7 +144,7 @@ GEMMA = StreamTable(LLAMA.norms, LLAMA.writers, LLAMA.inside, gain_offset=1.)
 def common_sites(
     config:dict, # config.json, parsed
     shapes:dict, # Tensor name to shape
-) -> RotationSites|None: # None where nobody has said
+) -> RotationSites|None: # None for other model types
     "Sites of model types that have no adapter of their own."
     kind = config.get("model_type")
     if kind in POST_NORM: return refused_sites(value_sites(config, shapes), POST_NORM_ADDED)
