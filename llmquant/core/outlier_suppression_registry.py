@@ -81,6 +81,15 @@ def get_supported_models(self:BaseOutlierSuppressor) -> list[str]:
     "Model families it was made for; 'general' means any."
     return ["general"]
 
+@patch
+def supports(self:BaseOutlierSuppressor,
+    adapter,     # Of the model's family
+    config:dict, # config.json, parsed
+) -> bool:
+    "Whether it was made for a model: its type or its adapter's family is named, or 'general' is."
+    named = {name.strip("()") for name in self.get_supported_models()}
+    return bool(named & {"general", adapter.model_type, config.get("model_type")})
+
 # %% ../../nbs/core/outlier_suppression_registry.ipynb #fb7a19b9
 CHANGEABLE = ("tie_word_embeddings", "attention_bias") # Of config.json, by a transform
 HOOKS = ("apply_to_pair", "apply_to_block", "transform", "apply")

@@ -18,7 +18,7 @@ from .packing import pack_bits, unpack_bits
 from ..core.qtensor import QuantizedWeight
 from ..core.scheme import QuantScheme
 from .byte_codes import weights_only_objection
-from .names import FUSED, anchored_patterns
+from .names import anchored_patterns
 
 # %% ../../nbs/formats/gptq.ipynb #08b152cd
 class GPTQFormat(BaseFormat):
@@ -107,5 +107,5 @@ def quantization_config(self:GPTQFormat,
     return {"quant_method": "gptq", "bits": scheme.bits, "desc_act": False, "sym": True,
             "group_size": scheme.group_size if scheme.granularity == "group" else -1,
             "lm_head": "lm_head" in quantized, "checkpoint_format": "gptq",
-            "dynamic": {f"-:{pattern}": {} for pattern in anchored_patterns(quantized, ignored, {**FUSED, **self.fused})},
+            "dynamic": {f"-:{pattern}": {} for pattern in anchored_patterns(quantized, ignored, self.fused)},
             "llmquant_method": method, "llmquant_scheme": scheme.to_dict(), "llmquant_version": __version__}

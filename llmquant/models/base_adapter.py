@@ -10,6 +10,9 @@ import json, re
 from pathlib import Path
 
 # %% ../../nbs/models/base_adapter.ipynb #4d26ccbb
+from dataclasses import replace
+from functools import wraps
+from types import MappingProxyType
 from fastcore.basics import patch
 from torch import Tensor, nn
 
@@ -40,6 +43,15 @@ def group_sites(
                 groups.append(names)
     return groups
 
+# %% ../../nbs/models/base_adapter.ipynb #8c9ea250
+def _of_its_types(method):
+    "A family's method that answers as the base class does where the model is of another family."
+    @wraps(method)
+    def guarded(self, config, *args, **kwargs):
+        foreign = self.model_types and config.get("model_type") not in self.model_types
+        return (getattr(Architecture, method.__name__) if foreign else method)(self, config, *args, **kwargs)
+    return guarded
+
 # %% ../../nbs/models/base_adapter.ipynb #a8d0c771
 class Architecture:
     "What a family looks like in a checkpoint: tables as class attributes, answers from names and shapes."
@@ -53,8 +65,16 @@ class Architecture:
     needs: tuple = ()                 # what each block must hold, "a|b" for one of them; () means linears
     fused: tuple = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"),
                     ("in_proj_qkv", "in_proj_z"), ("in_proj_b", "in_proj_a")) # what vLLM fuses, for want of a vLLM
+    joined = MappingProxyType({"qkv_proj": fused[0], "gate_up_proj": fused[1], "fused_qkv_a_proj": fused[2],
+                               "in_proj_qkvz": fused[3], "in_proj_ba": fused[4]}) # vLLM's names of fused weights
     keep: tuple = ("e_score_correction_bias",)  # parts of names of tensors that keep their dtype
     seen: dict = {}                   # configuration and sites that were looked at last
+
+    def __init_subclass__(cls, **kwargs):
+        "A family's sites are for its `model_types`; a family without any, which is found by its name, is asked always."
+        super().__init_subclass__(**kwargs)
+        for name in ("smoothing_pairs", "rotation_sites"):
+            if name in vars(cls): setattr(cls, name, _of_its_types(vars(cls)[name]))
 
     def linear_sites(self,
         config: dict,      # config.json, parsed
@@ -90,10 +110,11 @@ def fused_groups(self:Architecture,
 
 @patch
 def fused_table(self:Architecture) -> FusedTable: # of the checkpoint that was looked at last
-    "What vLLM fuses, by its own class where it is installed, else by `fused`."
+    "What vLLM fuses, by its own class where it is installed, else by `fused`; names of fused weights are this table's and that class's."
     architectures = self.seen.get("config", {}).get("architectures") or ()
     table, why = served_table(vllm_folder(), tuple(filter(lambda name: isinstance(name, str), architectures)))
-    return table or FusedTable(self.fused, f"the adapter's table; {why}")
+    table = table or FusedTable(self.fused, f"the adapter's table; {why}")
+    return replace(table, joined={**self.joined, **table.joined})
 
 # %% ../../nbs/models/base_adapter.ipynb #b8df2df4
 @patch

@@ -53,7 +53,6 @@ class DeepSeekAdapter(BaseHuggingFaceAdapter):
         block: int,                 # index
     ) -> tuple[SmoothingPair, ...]:
         "Those of latent attention and of the dense MLP or the shared experts."
-        if config.get("model_type") not in self.model_types: return ()
         at = f"{self.blocks}.{block}"
         pairs = (attention_pairs if config["model_type"] == "deepseek" else latent_attention_pairs)(config, at)
         if not deepseek_mixture(config, block): return pairs + dense_mlp_pairs(at)
@@ -64,7 +63,6 @@ class DeepSeekAdapter(BaseHuggingFaceAdapter):
         shapes: dict, # tensor name -> shape
     ):                # `RotationSites` or None
         "The stream; values only where they have a Linear of their own, as in the first DeepSeek."
-        if config.get("model_type") not in self.model_types: return super().rotation_sites(config, shapes)
         return stream_sites(RESIDUAL, config, shapes, value_sites(config, shapes))
 
     def rotation_types(self) -> dict[str, str]: # model type -> what can be rotated

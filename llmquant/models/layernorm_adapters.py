@@ -33,7 +33,6 @@ class GPTNeoXAdapter(BaseHuggingFaceAdapter):
         block: int,                 # index
     ) -> tuple[SmoothingPair, ...]:
         "Each norm to the Linear that reads it; GELU lets no factor through, and values share a tensor with q and k."
-        if config.get("model_type") not in self.model_types: return ()
         at = f"{self.blocks}.{block}"
         return tuple(SmoothingPair(f"{at}.{norm}", tuple(f"{at}.{name}" for name in readers))
                      for norm, readers in NEOX.norms.items())
@@ -43,7 +42,6 @@ class GPTNeoXAdapter(BaseHuggingFaceAdapter):
         shapes: dict, # tensor name -> shape
     ):                # `RotationSites` or None
         "The stream, and values as the last third of each head's rows."
-        if config.get("model_type") not in self.model_types: return super().rotation_sites(config, shapes)
         known = text_config(config)
         dim = known["hidden_size"] // known["num_attention_heads"]
         parts = [f"{self.blocks}.{block}.attention" for block in range(known["num_hidden_layers"])]
@@ -72,7 +70,6 @@ class OPTAdapter(BaseHuggingFaceAdapter):
         block: int,                 # index
     ) -> tuple[SmoothingPair, ...]:
         "Norm to q, k, v; v to out; norm to fc1; fc1 to fc2 through ReLU."
-        if config.get("model_type") not in self.model_types: return ()
         at, known = f"{self.blocks}.{block}", text_config(config)
         dim = known["hidden_size"] // known["num_attention_heads"]
         pairs = (SmoothingPair(f"{at}.self_attn.v_proj", (f"{at}.self_attn.out_proj",), dim),)
@@ -88,7 +85,6 @@ class OPTAdapter(BaseHuggingFaceAdapter):
         shapes: dict, # tensor name -> shape
     ):                # `RotationSites` or None
         "The stream, positions included; refused where norms stand behind the sub-layers or embeddings are narrow."
-        if config.get("model_type") not in self.model_types: return super().rotation_sites(config, shapes)
         known = text_config(config)
         narrow = known.get("word_embed_proj_dim", known["hidden_size"]) != known["hidden_size"]
         refusal = POST_NORM_STREAM if not known.get("do_layer_norm_before", True) else NARROW if narrow else ""

@@ -28,7 +28,6 @@ class LlamaAdapter(BaseHuggingFaceAdapter):
         block: int,                 # index
     ) -> tuple[SmoothingPair, ...]:
         "Norm to q, k, v; v to o; norm to gate, up; up to down."
-        if config.get("model_type") not in self.model_types: return ()
         at = f"{self.blocks}.{block}"
         return attention_pairs(config, at) + dense_mlp_pairs(at)
 
@@ -37,6 +36,5 @@ class LlamaAdapter(BaseHuggingFaceAdapter):
         shapes: dict, # tensor name -> shape
     ):                # `RotationSites` or None
         "Llama's table; HyperCLOVA X can have norms behind its sub-layers."
-        if config.get("model_type") not in self.model_types: return super().rotation_sites(config, shapes)
         refusal = POST_NORM_ADDED if config.get("use_post_norm") else ""
         return stream_sites(LLAMA, config, shapes, value_sites(config, shapes), refusal)

@@ -46,7 +46,6 @@ class QwenAdapter(BaseHuggingFaceAdapter):
         block: int,                 # index
     ) -> tuple[SmoothingPair, ...]:
         "Llama's; in a block of a mixture those of attention and of the shared expert."
-        if config.get("model_type") not in self.model_types: return ()
         at, pairs = f"{self.blocks}.{block}", attention_pairs(config, f"{self.blocks}.{block}")
         if not qwen_mixture(config, block): return pairs + dense_mlp_pairs(at)
         return pairs + ((mlp_pair(f"{at}.mlp.shared_expert"),) if config["model_type"] == "qwen2_moe" else ())
@@ -56,6 +55,5 @@ class QwenAdapter(BaseHuggingFaceAdapter):
         shapes: dict, # tensor name -> shape
     ):                # `RotationSites` or None
         "Llama's table, with routers and experts among the readers."
-        if config.get("model_type") not in self.model_types: return super().rotation_sites(config, shapes)
         table = with_experts(LLAMA, "shared_expert", ("mlp.shared_expert_gate",))
         return stream_sites(table, config, shapes, value_sites(config, shapes))

@@ -77,6 +77,16 @@ class RotationSuppressor(BaseOutlierSuppressor):
         known = {kind: what for a in adapters for kind, what in getattr(a, "rotation_types", dict)().items()}
         return [f"({kind})" if what == "values" else kind for kind, what in sorted(known.items())]
 
+    def supports(self,
+        adapter,     # Of the model's family
+        config:dict, # config.json, parsed
+    ) -> bool:
+        "Whether the adapter declares rotation sites for this model, whoever wrote it."
+        common = ModelRegistry.get("default").rotation_sites
+        declares = getattr(type(adapter), "rotation_sites", common) is not common
+        own = getattr(adapter, "model_types", ())
+        return (declares and (not own or config.get("model_type") in own)) or super().supports(adapter, config)
+
 # %% ../../nbs/outlier_suppression/rotation.ipynb #206b4bd4
 def _notes(sites:RotationSites, rotation:Rotation|None, blocks:tuple, values:bool, settings) -> dict:
     "What was done, in words."

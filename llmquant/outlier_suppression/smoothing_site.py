@@ -41,9 +41,9 @@ class SmoothingSite:
         return in_float or len(self.quantized) < len(self.consumers)
 
     @property
-    def stats(self) -> LayerStats:
+    def stats(self) -> LayerStats|None: # None for a suppressor that asks for no statistics
         "What was measured at the consumers' input, in its present scale."
-        return self.view.stats[self.quantized[0]]
+        return self.view.stats.get(self.quantized[0])
 
 # %% ../../nbs/outlier_suppression/smoothing_site.ipynb #6b122638
 def site_of(
@@ -113,8 +113,9 @@ def check_alive(self:SmoothingSite,
 def _follow(self:SmoothingSite, change):
     "Replace the statistics of the consumers' input by changed ones; mark what was edited."
     stats = self.view.stats
-    new = {id(stats[name]): change(stats[name]) for name in self.quantized}
-    for name in self.quantized: stats[name] = new[id(stats[name])]
+    measured = [name for name in self.quantized if name in stats]
+    new = {id(stats[name]): change(stats[name]) for name in measured}
+    for name in measured: stats[name] = new[id(stats[name])]
     self.view.edited.update((self.pair.producer, *self.pair.consumers))
 
 @patch

@@ -36,11 +36,10 @@ def check_supported(
     config:dict, # config.json, parsed
 ):
     "`UsageError` when a suppressor was not made for a family of models."
-    made_for, kind = suppressor.get_supported_models(), config.get("model_type")
-    named = {name.strip("()") for name in made_for}
-    if named & {"general", adapter.model_type, kind}: return
-    raise UsageError(f"outlier suppressor {suppressor.name} does not support model type {kind!r} (adapter "
-                     f"{adapter.model_type}); it was made for {', '.join(sorted(named))}, so leave it out")
+    if suppressor.supports(adapter, config): return
+    named = sorted(name.strip("()") for name in suppressor.get_supported_models())
+    raise UsageError(f"outlier suppressor {suppressor.name} does not support model type {config.get('model_type')!r} "
+                     f"(adapter {adapter.model_type}); it was made for {', '.join(named)}, so leave it out")
 
 # %% ../../nbs/walk/equivalence.ipynb #a7a4d4ce
 def transformed(
