@@ -128,6 +128,13 @@ def reached_through(trees, name, attribute):
                    and ast.unparse(node.value).split(".")[-1] == name})
 
 
+def users(trees, function):
+    "Where a function is called, as module.function."
+    return sorted({f"{module}.{outer.name}" for module, tree in trees.items() for outer in tree.body
+                   if isinstance(outer, ast.FunctionDef) for node in ast.walk(outer)
+                   if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == function})
+
+
 @pytest.fixture(scope="module")
 def trees(): return modules(PACKAGE)
 
@@ -149,6 +156,12 @@ def test_only_the_base_classes_reach_up_by_name(trees):
 
 
 def test_the_export_sink_owns_writer_and_journal(trees): assert reached_through(trees, "sink", "writer") == []
+
+
+def test_one_loop_quantizes_weight_by_weight(trees):
+    "For a checkpoint and for a model in memory; the block loop, which measures, is the other one."
+    loops = ["walk.block_walk.solve", "walk.layer.quantize_stack", "walk.walk.walk"]
+    assert users(trees, "quantize_layer") == loops
 
 
 def test_core_stays_small():

@@ -49,7 +49,7 @@ def walk(
     quantizer,          # A configured quantizer
     source:Source,      # Where tensors come from
     sink:Sink,          # Where results go
-    device:str="cpu",   # Where to compute
+    device:str|None="cpu", # Where to compute; None stays where each weight is
     progress:Callable[[list], Iterable]=iter, # Wraps the list of steps, to show a bar
     tell:Callable[[list], Any]=lambda results: None, # Hears each layer's result
 ) -> list[LayerResult]: # One per quantized layer, in order
