@@ -76,7 +76,7 @@ def moved(
     p:float,       # Exponent
     free_zeros:bool, # Whether the zero point moves as well
 ) -> tuple[Tensor, Tensor]: # Scales and zero points
-    "The grid that comes closest to the weights without their helpers, in the squared sense."
+    "The grid of least squared error to w - e."
     taken = shrinkage(x, beta, p)
     change = torch.linalg.vecdot(taken, steps) / torch.linalg.vecdot(steps, steps).clamp_(min=1e-9)
     if free_zeros: zeros = zeros - taken.mean(1, True)
@@ -112,7 +112,7 @@ def descend_(
     scheme:QuantScheme,# Width, scale dtype, and whether zero points may move
     schedule:Schedule, # Exponent, betas and rounds
 ):
-    "Alternate the two steps and offer each grid on the way."
+    "Alternate the two steps; `best` keeps each group's best grid."
     rows, last, beta = torch.arange(len(weight), device=weight.device), torch.inf, schedule.beta
     least, most = scales * (1 - schedule.reach), scales * (1 + schedule.reach)
     for _ in range(schedule.iterations):
