@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['OPTIONS', 'CalibrationData', 'tokens_fingerprint', 'Request', 'text_windows', 'read_self', 'shares', 'check_parts',
-           'read_part', 'read_mixture', 'read_section', 'check_amount', 'load_calibration', 'as_calibration']
+           'read_part', 'read_mixture', 'read_section', 'check_amount', 'load_calibration', 'as_calibration',
+           'tokens_to_compare']
 
 # %% ../../nbs/calibration/data.ipynb #a9abaf53
 import hashlib
@@ -279,4 +280,14 @@ def _from_tensor(
     tokens = tokens.detach().cpu().long().contiguous()
     facts = {"dataset": "tokens given by the caller", "template": "as given", "bos": "as given",
              "num_samples": tokens.shape[0], "max_length": tokens.shape[1], "tokens": tokens.numel()}
+    return CalibrationData(tokens, tokens_fingerprint(tokens), facts)
+
+# %% ../../nbs/calibration/data.ipynb #2157d4f5
+def tokens_to_compare(
+    vocab_size: int,  # the model's
+) -> CalibrationData:  # one window
+    "32 random tokens, always the same: enough to compare a function with itself where nothing is measured."
+    tokens = torch.randint(vocab_size, (1, 32), generator=torch.Generator().manual_seed(0))
+    facts = {"dataset": "none: 32 random tokens, on which edits were compared", "num_samples": 1, "max_length": 32,
+             "tokens": tokens.numel()}
     return CalibrationData(tokens, tokens_fingerprint(tokens), facts)

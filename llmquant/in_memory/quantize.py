@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 import torch
 from ..core.errors import UsageError
-from .calibrate import calibrate_model, calibration_for, measures_model, needs_range
+from .calibrate import calibrate_model, calibration_for, measures_model, needs_range, who_measures
 from .config import read_call, weight_grid
 from .model import ModuleSink, check_model, set_quantized_config_, note_suppression, plan_model
 from .suppress import prepare_model
@@ -44,7 +44,7 @@ def quantize_model(
     check_model(model)
     model.trusts_remote_code = sections["model"].get("trust_remote_code") is True # for the export
     measures, found = measures_model(quantizer, sections), None
-    if measures: found = calibration_for(model, calibration_data, sections["calibration"], quantizer.name)
+    if measures: found = calibration_for(model, calibration_data, sections["calibration"], who_measures(quantizer, sections))
     torch_dtype = sections["model"].get("torch_dtype", "auto")
     made = lambda: plan_model(quantizer, model, bits, group_size, target_layers, torch_dtype, sections["overrides"])
     plan, adapter, source = made() # a wrong recipe is refused before anything is edited

@@ -129,7 +129,7 @@ def suppress_model(
     planner.configure({"symmetric": True})
     _, adapter, source = plan_model(planner, model, 8, -1)
     check_supported(suppressor, adapter, source.config)
-    found = calibration_for(model, calibration_data, {}, suppressor.name)
+    found = calibration_for(model, calibration_data, {}, suppressor.name if suppressor.needed_statistics() else "")
     undo, changed = remember(model), []
     try: _suppress_blocks(suppressor, planner, model, found.tokens, set(source.values), changed)
     except BaseException:

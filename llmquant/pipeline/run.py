@@ -27,7 +27,7 @@ from ..in_memory.adopt import adopt, is_adopted
 from ..in_memory.config import configured
 from ..in_memory.save import export_model
 from .calibrated import (calibrated_carry, calibration_of, data_free_need, identity, length_of,
-                                          need_of, windows_at_a_time)
+                                          need_of, needs_text, windows_at_a_time)
 from .info import info
 from ..plan.memory import MemoryNeed
 from ..plan.plan import Plan, make_plan, nbytes
@@ -113,7 +113,8 @@ def preflight(
         plan, adapter = plan_checkpoint(recipe, source, quantizer)
         if not calibrates(quantizer, recipe):
             return plan, data_free_need(recipe, plan, adapter, source) if streams(quantizer, recipe) else None
-        if recipe.calibration["dataset"] != "self": calibration_of(recipe, source)
+        measured = needs_text(plan, quantizer, suppressors)
+        if recipe.calibration["dataset"] != "self": calibration_of(recipe, source, measured)
         else: windows_at_a_time(recipe, source, length_of(recipe, source.config))
         return plan, need_of(recipe, plan, adapter, quantizer, source, suppressors)[0]
 
@@ -164,8 +165,9 @@ def run_in_memory(
     model = AutoModelForCausalLM.from_pretrained(source.with_weights(), dtype="auto",
                                                  trust_remote_code=recipe.trust_remote_code).eval()
     model.to(kwargs.pop("device"))
-    data = calibration_of(recipe, source) if any(map(is_blockwise, suppressors)) else None
-    for s in suppressors: model = edited(s.apply(model, data if is_blockwise(s) else None), model)
+    measures = [s for s in suppressors if is_blockwise(s) and s.needed_statistics()]
+    data = calibration_of(recipe, source) if measures else None
+    for s in suppressors: model = edited(s.apply(model, data if s in measures else None), model)
     if getattr(model.config, "quantization_config", None): model.config.quantization_config = None
     layers = list(recipe.layers) if recipe.layers else None
     own = {"method": recipe.method, recipe.method: dict(recipe.options), "overrides": list(recipe.overrides)}
@@ -210,7 +212,7 @@ def _run(recipe:Recipe) -> dict:
         if recipe.bits < 16 and not streams(quantizer, recipe):
             return run_in_memory(recipe, original, quantizer, adapter, suppressors, device=device, **shared)
         measures = calibrates(quantizer, recipe)
-        data = calibration_of(recipe, source) if measures else None
+        data = calibration_of(recipe, source, needs_text(plan, quantizer, suppressors)) if measures else None
         need, flow = (need_of(recipe, plan, adapter, quantizer, source, suppressors) if measures
                       else (data_free_need(recipe, plan, adapter, source), None))
         if source is not original: tight_memory()

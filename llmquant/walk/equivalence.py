@@ -14,6 +14,7 @@ from math import isfinite
 from typing import Any
 import torch
 from torch import Tensor, nn
+from ..calibration.data import tokens_to_compare
 from ..checkpoint.edited_source import shapes_of
 from ..core.errors import UsageError
 from ..core.model_registry import ModelRegistry
@@ -140,7 +141,7 @@ def compare_transformed(
     turned = [s for s in suppressors if s.scope == "model" or (defines(s, "transform") and not is_blockwise(s))]
     found = {s.name: dict(getattr(s, "notes", {})) for s in turned}
     if turned:
-        tokens = torch.randint(fact(original.config, "vocab_size"), (1, 32), generator=torch.Generator().manual_seed(0))
+        tokens = tokens_to_compare(fact(original.config, "vocab_size")).tokens
         decoders = [for_checkpoint(view, ModelRegistry.for_config(view.config), device) for view in (original, source)]
         names = ", ".join(s.name for s in turned)
         found["change"] = compare_sources(*decoders, tokens, basis_of(turned), names, blocks := {}, original)
