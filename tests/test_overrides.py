@@ -79,7 +79,7 @@ def config_of(export): return json.loads((export/"config.json").read_text())["qu
     ({"match": "(", "bits": 4}, "overrides[1].match: '(' is no regular expression"),
     ({"match": 3, "bits": 4}, "overrides[1].match: 3 is int, must be str"),
     ({"bits": 4}, "overrides[1].match is missing"),
-    ({"match": "a"}, "overrides[1]: says which layers and not what about them"),
+    ({"match": "a"}, "overrides[1]: names layers and sets nothing for them"),
     ({"match": "a", "bits": 5}, "overrides[1].bits: minmax does not support 5 bits; use one of 2, 3, 4, 8, 16"),
     ({"match": "a", "bits": "4"}, "overrides[1].bits: '4' is str, must be int"),
     ({"match": "a", "group_size": -2}, "overrides[1].group_size: -2 is out of range"),
@@ -169,7 +169,7 @@ def test_experts_of_a_block_share_a_grid(tmp_path, monkeypatch):
 def test_formats_with_one_grid_refuse_a_mixture_and_auto_avoids_them(folder, monkeypatch):
     mixed = dict(overrides=[{"match": r".*\.down_proj", "bits": 8}])
     for format in "gptq", "awq":
-        with pytest.raises(UsageError, match=f"format {format} has one grid for all layers.*use format compressed_ten"):
+        with pytest.raises(UsageError, match=f"format {format} has one quantization scheme for all layers.*use format compressed_ten"):
             plan(folder/"base", format=format, symmetric=True, **mixed)
     from llmquant.quantizers.minmax_quantizer import MinMaxQuantizer
     monkeypatch.setattr(MinMaxQuantizer, "preferred_format", lambda self, scheme: "gptq")

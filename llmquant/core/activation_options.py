@@ -20,12 +20,12 @@ ACTIVATION_RULES, ACTIVATION_WIDTHS = ("minmax", "percentile", "mse"), tuple(ran
 
 @dataclass(frozen=True)
 class ActivationScheme:
-    "The grid on which the inputs of a Linear are put."
+    "How the inputs of a Linear are quantized."
     bits: int = 8              # 2 to 8
     type: str = "int"          # "int", or "float" for FP8 e4m3
     granularity: str = "token" # Inputs that share a scale: those of a "token", or the whole "tensor"
     dynamic: bool = True       # The server finds the scale; else calibration does
-    symmetric: bool = True     # Zero is the middle of the grid
+    symmetric: bool = True     # Zero is the middle of the range
     range_rule: str = "minmax" # How calibration finds the range: "minmax", "percentile" or "mse"
     percentile: float = 99.999 # For the rule "percentile": the share of inputs inside the range, in percent
 
@@ -68,7 +68,7 @@ def to_dict(self:ActivationScheme) -> dict: # Plain values only
 # %% ../../nbs/core/activation_options.ipynb #83ff65df
 @patch
 def to_keys(self:ActivationScheme) -> dict: # By the names of a recipe's section
-    "What a recipe would say; `read_activations` makes the same scheme of it."
+    "As in a recipe; `read_activations` makes the same scheme of it."
     keys = self.to_dict()
     rule, percentile = keys.pop("range_rule"), keys.pop("percentile")
     return keys | {"dynamic_range": rule} | ({"percentile": percentile} if rule == "percentile" else {})
@@ -79,7 +79,7 @@ def from_dict(cls:ActivationScheme,
     values:dict, # What `to_dict` gave
 ) -> ActivationScheme:
     "The scheme that `to_dict` wrote."
-    return cls(**check_fields(cls, values, "a grid for activations"))
+    return cls(**check_fields(cls, values, "activation quantization"))
 
 # %% ../../nbs/core/activation_options.ipynb #7b917a98
 @patch
@@ -108,7 +108,7 @@ def read_activation_key(
 
 # %% ../../nbs/core/activation_options.ipynb #fdc7b63b
 def read_activations(
-    value:Any,  # What a recipe says: a mapping, a width, an `ActivationScheme`, or None
+    value:Any,  # From a recipe: a mapping, a width, an `ActivationScheme`, or None
     where:str,  # The key, for messages, such as quantization.activations
 ) -> ActivationScheme|None: # None: activations stay as they are
     "The scheme that a recipe describes; `UsageError` names the key."

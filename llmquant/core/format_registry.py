@@ -37,9 +37,9 @@ class BaseFormat:
     def whole_objection(self,
         schemes:Collection[QuantScheme], # All that occur in the export
     ) -> str:
-        "Why vLLM would not load an export with these grids in it; empty when it would."
+        "Why vLLM would not load an export with these schemes in it; empty when it would."
         if len(schemes) < 2: return ""
-        return (f"format {self.name} has one grid for all layers, and the overrides make it {len(schemes)} "
+        return (f"format {self.name} has one quantization scheme for all layers, and the overrides make it {len(schemes)} "
                 f"({', '.join(map(str, schemes))}); use format compressed_tensors or auto, or skip layers only")
 
     def objection(self,
@@ -85,17 +85,17 @@ def quantization_config(self:BaseFormat,
     quantized:list[str],                                      # Names of the quantized layers
     ignored:list[str],                                        # Names of the layers left in float
     method:str,                                               # The quantizer's name
-    overrides:Mapping[str, QuantScheme]=MappingProxyType({}), # Layers on another grid than `scheme`, by name
+    overrides:Mapping[str, QuantScheme]=MappingProxyType({}), # Layers in another scheme than `scheme`, by name
 ) -> dict:                                                    # Plain values
-    "What `config.json` says, in vLLM's words; `ignored` are in float, `overrides` have a grid other than `scheme`."
+    "The section of `config.json`, in vLLM's terms; `ignored` are in float, `overrides` have another scheme."
     raise NotImplementedError
 
 # %% ../../nbs/core/format_registry.ipynb #5559d087
 def group_objection(
-    scheme:QuantScheme, # The weight's grid
+    scheme:QuantScheme, # The weight's quantization scheme
     in_features:int,    # K
 ) -> str:               # "" when its groups fill a row, else why not and what to use instead
-    "Why no format can hold a row on this grid."
+    "Why no format can hold a row in this scheme."
     if in_features % scheme.width(in_features) == 0: return ""
     return f"group_size {scheme.group_size} does not divide in_features {in_features}; use one that does, or -1"
 

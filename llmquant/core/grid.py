@@ -44,7 +44,7 @@ def grid_of_range(
     high:Tensor,        # Largest, same shape
     scheme:QuantScheme, # Width, symmetry and scale dtype
 ) -> tuple[Tensor, Tensor]: # Scales in scale_dtype and zero points (uint8, or float32 and not rounded), same shape
-    "The grid that covers [low, high] and zero."
+    "The scale and zero point whose codes cover [low, high] and zero."
     if scheme.symmetric:
         divisor = FP8_MAX if scheme.type == "float" else scheme.symmetric_divisor
         scales = store_scale(torch.maximum(low.abs(), high.abs()) / divisor, scheme)
@@ -76,7 +76,7 @@ def encode(
     zeros:Tensor,       # [out_features, groups]
     scheme:QuantScheme, # Width of the codes
 ) -> Tensor:            # uint8 [out_features, in_features]
-    "Round each weight to the nearest code of its group's grid; weights outside the range get the nearest end."
+    "Round each weight to the nearest code of its group; weights outside the range get the nearest end."
     parts = weight.to(torch.float32).reshape(*scales.shape, -1)
     steps = parts / scales.float().unsqueeze(-1)
     if scheme.type == "float": return encode_floats(steps).view(weight.shape)
@@ -134,7 +134,7 @@ def squared_error(
     zeros:Tensor,       # Same shape
     scheme:QuantScheme, # Width and granularity
 ) -> Tensor:            # float32, one sum of squares per group: [out_features, groups], or [1, 1]
-    "Squared rounding error of each group on the given grid."
+    "Squared rounding error of each group with the given scale and zero point."
     parts = grouped(weight, scheme).to(torch.float32)
     steps, zero = parts / scales.float().unsqueeze(-1), zeros.float().unsqueeze(-1)
     rounded = (steps + zero).round_().clamp_(0, scheme.qmax).sub_(zero).mul_(scales.float().unsqueeze(-1))
@@ -144,7 +144,7 @@ def squared_error(
 COARSER = {"group": "channel", "channel": "tensor"}
 
 def _search(weight:Tensor, scheme:QuantScheme) -> tuple[Tensor, Tensor]:
-    "The grid of least squared error among shrunk ranges and the best coarser grid."
+    "Scale and zero point of least squared error among shrunk ranges and the best coarser ones."
     low, high = ranges(weight, scheme)
     candidates = [grid_of_range(low * f, high * f, scheme) for f in SHRINK_FACTORS]
     if scheme.granularity in COARSER:
@@ -163,7 +163,7 @@ def fit_grid(
     weight:Tensor,      # [out_features, in_features], any float dtype
     scheme:QuantScheme, # Width, symmetry, granularity and rule
 ) -> tuple[Tensor, Tensor]: # Scales in scale_dtype and zero points (uint8), both [out_features, groups]
-    "The grid of each group by the scheme's rule; `UsageError` for NaN, infinity, or a group that does not divide."
+    "Scale and zero point of each group by the scheme's rule; `UsageError` for NaN, infinity, or a group that does not divide."
     if scheme.range_rule == "mse": scales, zeros = _search(weight, scheme)
     else: scales, zeros = grid_of_range(*ranges(weight, scheme), scheme)
     shape = weight.shape[0], scheme.groups(weight.shape[1])

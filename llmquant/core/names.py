@@ -13,7 +13,7 @@ from .errors import UsageError
 # %% ../../nbs/core/names.ipynb #65c37f03
 def natural_key(
     name:str, # A tensor's or module's name
-) -> list:    # Texts and numbers in turn
+) -> list:    # Texts and numbers, alternating
     "Sort key that compares runs of digits as numbers."
     return [int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", name))]
 
@@ -21,7 +21,7 @@ def natural_key(
 NAME_LIMIT = 255 # bytes, of ext4, XFS, APFS and NTFS alike
 
 def check_shard(
-    file,       # What an index says of a tensor
+    file,       # The file of a tensor by the index
     tensor:str, # Its name
     index,      # Path of the index; both for the message
 ):

@@ -18,13 +18,13 @@ from .options import SYMMETRIC, Option, parse_options
 # %% ../../nbs/core/overrides.ipynb #fa703014
 @dataclass(frozen=True)
 class Override:
-    "What the layers that a pattern matches get instead of the recipe's grid; None is the recipe's value."
+    "What the layers that a pattern matches get instead of the recipe's scheme; None is the recipe's value."
     match: str                  # Regular expression for the whole module name
     bits: int|None = None       # Width; 16 leaves the layers in float
     group_size: int|None = None # -1 channel, 0 no groups, else columns per scale
     symmetric: bool|None = None # Whether zero lies in the middle
     skip: bool|None = None      # True leaves the layers in float; false takes back an earlier match
-    activations: ActivationScheme|bool|None = None # Grid of what the layers read; False for none
+    activations: ActivationScheme|bool|None = None # Activation quantization of the layers' inputs; False for none
 
     @property
     def in_float(self) -> bool:
@@ -65,10 +65,10 @@ def _read_override(
     except (re.error, OverflowError, RecursionError) as error:
         raise UsageError(f"{where}.match: '{override.match}' is no regular expression ({error}); correct it") from None
     if len(override.to_dict()) == 1:
-        raise UsageError(f"{where}: says which layers and not what about them; add bits, group_size, symmetric, "
+        raise UsageError(f"{where}: names layers and sets nothing for them; add bits, group_size, symmetric, "
                          "activations or skip")
     if override.skip and len(override.to_dict()) > 2:
-        raise UsageError(f"{where}: skip leaves its layers in float, so they have no grid; remove the other keys "
+        raise UsageError(f"{where}: skip leaves its layers in float, so they have no scheme; remove the other keys "
                          "or skip")
     return override
 
@@ -99,8 +99,8 @@ def overridden_scheme(
     dtype,              # The export's, that of scales
     bits:int, group_size:int, # The recipe's
     where:str,          # Such as quantization.overrides[2], for messages
-):                      # The grid of its layers, a `QuantScheme`
-    "The recipe's grid with what an override says."
+):                      # The scheme of its layers, a `QuantScheme`
+    "The recipe's scheme with an override's values."
     bits = bits if override.bits is None else override.bits
     group_size = group_size if override.group_size is None else override.group_size
     if override.activations is not None: # the layers' own, or none

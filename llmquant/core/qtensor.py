@@ -35,7 +35,7 @@ def raw_bytes(
 # %% ../../nbs/core/qtensor.ipynb #71d7e949
 @dataclass(frozen=True)
 class QuantizedWeight:
-    "A weight as integer codes on a grid."
+    "A weight as integer codes with scales and zero points."
     codes: Tensor       # uint8 [out_features, in_features], unsigned: 0 to 2**bits - 1
     scales: Tensor      # [out_features, groups] in the scheme's scale_dtype
     zeros: Tensor       # [out_features, groups] uint8, all the middle code when symmetric; float32 for float zeros
@@ -56,7 +56,7 @@ class QuantizedWeight:
         self._check_inputs()
 
     def _check_inputs(self):
-        "`UsageError` when the static grid of the inputs is half there, of a wrong form, or for nothing."
+        "`UsageError` when the static scale and zero point of the inputs are half there, of a wrong form, or for nothing."
         given, scheme = (self.input_scale, self.input_zero), self.scheme.activations
         if given == (None, None): return
         if scheme is None or scheme.dynamic: raise UsageError(f"input_scale given, and {self.scheme} has no static one")
@@ -67,7 +67,7 @@ class QuantizedWeight:
 # %% ../../nbs/core/qtensor.ipynb #a3c29aac
 @patch
 def check_values(self:QuantizedWeight):
-    "`UsageError` when codes or zeros leave the grid or a scale is not positive; shapes are checked when made."
+    "`UsageError` when codes or zeros leave their range or a scale is not positive; shapes are checked when made."
     qmax, middle = self.scheme.qmax, self.scheme.middle
     if self.scheme.type == "float" and (self.codes & 0x7F).eq(0x7F).any(): raise UsageError("codes hold NaN")
     whole = [("codes", self.codes)] if self.scheme.float_zeros else [("codes", self.codes), ("zeros", self.zeros)]
@@ -75,7 +75,7 @@ def check_values(self:QuantizedWeight):
         if t.numel() and int(t.max()) > qmax:
             raise UsageError(f"{what} go up to {int(t.max())}; {self.scheme.bits} bits hold 0 to {qmax}")
     if self.scheme.symmetric and not (self.zeros == middle).all():
-        raise UsageError(f"zeros of a symmetric grid must all be {middle}")
+        raise UsageError(f"zeros of a symmetric scheme must all be {middle}")
     if not (torch.isfinite(self.scales) & (self.scales > 0)).all():
         raise UsageError("scales must be finite and positive")
     if self.scheme.float_zeros and not torch.isfinite(self.zeros).all(): raise UsageError("zeros must be finite")
@@ -83,7 +83,7 @@ def check_values(self:QuantizedWeight):
 # %% ../../nbs/core/qtensor.ipynb #d6383497
 @patch
 def digest(self:QuantizedWeight) -> str:
-    "SHA-256 of codes, scales, zeros, and the grid of the inputs where it is static, as hexadecimal digits."
+    "SHA-256 of codes, scales, zeros, and the static scale and zero point of the inputs, as hexadecimal digits."
     parts = self.codes, self.scales, self.zeros, self.input_scale, self.input_zero
     return digest(*(raw_bytes(part) for part in parts if part is not None))
 
@@ -101,6 +101,6 @@ def round_to_grid(
     scheme:QuantScheme, # Width, symmetry, granularity and range rule
     grid:tuple[Tensor, Tensor]|None=None, # Scales and zeros [out_features, groups]; found by `fit_grid` when absent
 ) -> QuantizedWeight:
-    "Round to nearest: each weight to the nearest code of its group's grid."
+    "Round to nearest (RTN): each weight to the nearest code of its group."
     scales, zeros = grid or fit_grid(weight, scheme)
     return QuantizedWeight(encode(weight, scales, zeros, scheme), scales, zeros, scheme)

@@ -26,10 +26,10 @@ class BaseQuantizer:
     options: tuple[Option, ...] = ()         # What users may set, besides `symmetric`
     supported_bits = (2, 3, 4, 8, 16)        # 16 leaves the model as it is
     supported_group_sizes = (32, 64, 128, 256) # The usual ones; any that divides in_features works
-    floats = False                           # Whether it knows grids of FP8 numbers, too
+    floats = False                           # Whether it makes FP8 codes, too
     stacks_rows = False                      # Rows do not see each other: Linears with one input may be stacked
     settings = MappingProxyType({})          # The options' values, set by `configure`
-    activations = None                       # An `ActivationScheme` when inputs go on a grid too; the recipe's
+    activations = None                       # An `ActivationScheme` when inputs are quantized too; the recipe's
 
     def needed_statistics(self) -> tuple[str, ...]: # Of "hessian", "cross" and "maxima"; see the Statistics page
         "What calibration must measure for it."
@@ -48,7 +48,7 @@ class BaseQuantizer:
     def quantize_weight(self,
         weight:Tensor,      # [out_features, in_features], any float dtype, finite
         stats:Any,          # The `LayerStats` that it asked for, its to use up; None for data-free methods
-        scheme:QuantScheme, # The grid to use
+        scheme:QuantScheme, # The quantization scheme
     ) -> QuantizedWeight:
         "Quantize one weight."
         raise NotImplementedError(f"{type(self).__name__} does not define quantize_weight")
@@ -61,14 +61,14 @@ def edits_blocks(self:BaseQuantizer) -> bool: # By its settings
 
 @patch
 def promises_step(self:BaseQuantizer,
-    scheme:QuantScheme, # The grid in use
+    scheme:QuantScheme, # The scheme in use
 ) -> bool:              # Whether no weight moves by more than one step (its scale)
-    "What the proof may hold this method to."
+    "What the verification may check for this method."
     return False
 
 @patch
 def preferred_format(self:BaseQuantizer,
-    scheme:QuantScheme, # The grid in use
+    scheme:QuantScheme, # The scheme in use
 ) -> str:               # A format's name
     "The layout that `--format auto` picks."
     return "compressed_tensors"
@@ -122,13 +122,13 @@ def make_scheme(self:BaseQuantizer,
     group_size:int,          # >0 groups, -1 channel, 0 channel or tensor by the option `per_channel`
     scale_dtype:torch.dtype, # The export's dtype
 ) -> QuantScheme:
-    "The grid that bits, group size and this quantizer's settings describe."
+    "The scheme that bits, group size and this quantizer's settings describe."
     self.check_bits(bits)
     s = self.current()
     kwargs = {"symmetric": s["symmetric"], "scale_dtype": scale_dtype, "range_rule": s.get("dynamic_range", "minmax")}
     if "percentile" in s: kwargs["percentile"] = s["percentile"]
     if self.activations is not None and self.activations.type == "float" and not self.floats:
-        raise UsageError(f"method {self.name} has no grid of FP8 numbers; use --method minmax, or activations of type int")
+        raise UsageError(f"method {self.name} has no FP8 codes; use --method minmax, or activations of type int")
     if self.activations is not None:
         kwargs |= {"activations": self.activations, "scale_dtype": torch.float32, # what vLLM's 8-bit kernels read
                    "type": self.activations.type}
@@ -138,7 +138,7 @@ def make_scheme(self:BaseQuantizer,
 @patch
 def quantize(self:BaseQuantizer,
     model,                              # A transformers model; edited in place
-    bits:int|None=None,                 # Width of the codes; None for 4, or that of activations on a grid
+    bits:int|None=None,                 # Width of the codes; None for 4, or that of activation quantization
     group_size:int|None=None,           # Columns per scale; -1 channel, 0 no groups; None for 128, -1 with activations
     layer_wise:bool=False,              # Quantize only `target_layers`
     target_layers:list[int]|None=None,  # Decoder layer numbers; naming some implies `layer_wise`

@@ -29,7 +29,7 @@ GRANULARITIES, RANGE_RULES, WIDTHS = ("tensor", "channel", "group"), ("minmax", 
 
 @dataclass(frozen=True)
 class QuantScheme:
-    "A grid: its width, its zero, how many weights share one scale, and the grid of the inputs, if they have one."
+    "Width, zero point, how many weights share one scale, and the activation quantization of the inputs, if any."
     bits: int = 4                    # 2 to 8
     symmetric: bool = False          # Zero point fixed at the middle code
     granularity: str = "group"       # "tensor", "channel" or "group"
@@ -37,9 +37,9 @@ class QuantScheme:
     range_rule: str = "minmax"       # How the range is found: "minmax", "percentile" or "mse"
     percentile: float = 99.9         # For the rule "percentile": the share of weights inside the range, in percent
     scale_dtype: torch.dtype = torch.float16 # Scales are rounded to it before codes are computed
-    float_zeros: bool = False        # Zero points are any float32 number, not codes; only for asymmetric grids
+    float_zeros: bool = False        # Zero points are any float32 number, not codes; only for asymmetric schemes
     type: str = "int"                # "int", or "float": codes are the bits of FP8 e4m3 numbers
-    activations: ActivationScheme|None = None # The grid of the layer's inputs; None leaves them as they are
+    activations: ActivationScheme|None = None # How the layer's inputs are quantized; None: weight-only
 
     def __post_init__(self):
         for what, value, allowed in (("bits", self.bits, WIDTHS), ("granularity", self.granularity, GRANULARITIES),
@@ -54,7 +54,7 @@ class QuantScheme:
             raise UsageError(f"group_size {self.group_size} given with granularity {self.granularity!r}; "
                              "it must be 0 there")
         if self.float_zeros and self.symmetric:
-            raise UsageError("float_zeros given for a symmetric grid, whose zero point is fixed; use symmetric: false")
+            raise UsageError("float_zeros given for a symmetric scheme, whose zero point is fixed; use symmetric: false")
         if not 50 < self.percentile <= 100:
             raise UsageError(f"percentile {self.percentile} must be above 50 and at most 100")
         if said := _float_objection(self): raise UsageError(said)
@@ -84,7 +84,7 @@ def qmax(self:QuantScheme) -> int:
 # %% ../../nbs/core/scheme.ipynb #2c2ab339
 @patch(as_prop=True)
 def middle(self:QuantScheme) -> int:
-    "The zero point of a symmetric grid, 2**(bits-1)."
+    "The zero point of a symmetric scheme, 2**(bits-1)."
     return 2**(self.bits - 1)
 
 # %% ../../nbs/core/scheme.ipynb #c2928123
@@ -159,12 +159,12 @@ def from_dict(cls:QuantScheme,
     values:dict, # What `to_dict` gave
 ) -> QuantScheme:
     "The scheme that `to_dict` wrote."
-    values = check_fields(cls, values, "a grid", but=("scale_dtype", "activations"))
+    values = check_fields(cls, values, "a quantization scheme", but=("scale_dtype", "activations"))
     if missing := [key for key in cls().to_dict() if key not in values]:
-        raise UsageError(f"a grid: lacks {', '.join(missing)}")
+        raise UsageError(f"a quantization scheme: lacks {', '.join(missing)}")
     dtype, inputs = values["scale_dtype"], values.get("activations")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise UsageError(f"a grid: scale_dtype is {dtype!r:.80}, must be one of {', '.join(DTYPES)}")
+        raise UsageError(f"a quantization scheme: scale_dtype is {dtype!r:.80}, must be one of {', '.join(DTYPES)}")
     return cls(**values | {"scale_dtype": DTYPES[dtype],
                            "activations": None if inputs is None else ActivationScheme.from_dict(inputs)})
 
@@ -182,6 +182,6 @@ def scheme_of(
     quantization_config:dict, # An export's, from config.json
     layer:str,                # Module name of a quantized layer
 ) -> QuantScheme:
-    "The grid of one layer of an export."
+    "The scheme of one layer of an export."
     own = (quantization_config.get("llmquant_overrides") or {}).get(layer)
     return QuantScheme.from_dict(own or quantization_config["llmquant_scheme"])

@@ -25,7 +25,7 @@ class LayerStats:
     low: Tensor|None = None          # float32 [in_features], smallest value of each channel
     high: Tensor|None = None         # float32 [in_features], largest
     histogram: Tensor|None = None    # int64 [65536], how many values round to each bfloat16 number, by its bits
-    notes: dict = field(default_factory=dict) # What the method wants the report to say of this layer
+    notes: dict = field(default_factory=dict) # What the method adds to the report of this layer
 
 # %% ../../nbs/core/statistics.ipynb #929be582
 STATISTICS = ("hessian", "cross", "maxima", "range")
@@ -34,7 +34,7 @@ def check_statistics(
     asked:Iterable[str], # What a quantizer's `needed_statistics` returned
     method:str,          # Its name, for the message
 ):
-    "`UsageError` for a statistic that nobody knows how to measure."
+    "`UsageError` for an unknown statistic."
     for name in asked:
         if name not in STATISTICS:
             raise UsageError(f"method {method} asks for the statistic {name!r}; known: {', '.join(STATISTICS)}"

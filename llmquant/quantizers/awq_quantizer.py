@@ -29,7 +29,7 @@ def rounding(
     zeros:Tensor,   # Same shape
     qmax:int,       # The largest code
 ) -> Tensor:        # float32 [rows, in_features]: what each weight moves by
-    "Q(W) - W on a given grid."
+    "Q(W) - W with given scale and zero point."
     s, z = scales.float().unsqueeze(-1), zeros.float().unsqueeze(-1)
     parts = weight.reshape(*scales.shape, -1)
     return (parts / s).add_(z).round_().clamp_(0, qmax).sub_(z).mul_(s).sub_(parts).view(weight.shape)
@@ -46,7 +46,7 @@ def row_parts(
 def scaled_error(
     weight:Tensor,      # float32 [out_features, in_features]
     scale:Tensor,       # float32 [in_features], positive
-    scheme:QuantScheme, # The grid
+    scheme:QuantScheme, # The quantization scheme
     hessian:Tensor,     # float32 [in_features, in_features], of the input before it is divided
 ) -> float:             # Mean over tokens of the squared error of the output
     "What rounding costs when columns are multiplied by `scale` first."
@@ -96,7 +96,7 @@ def clipped_grid(
     hessian:Tensor,     # float32 [in_features, in_features]
     scheme:QuantScheme, # Groups or channels
 ) -> tuple[Tensor, Tensor]: # Scales and zero points, both [out_features, groups]
-    "The grid of least output error of each group among shrunk ranges."
+    "Scale and zero point of least output error of each group among shrunk ranges."
     width, groups = scheme.width(weight.shape[1]), scheme.groups(weight.shape[1])
     at = torch.arange(groups, device=weight.device)
     blocks = hessian.view(groups, width, groups, width)[at, :, at] # [groups, width, width]
@@ -105,7 +105,7 @@ def clipped_grid(
 
 # %% ../../nbs/quantizers/awq_quantizer.ipynb #d4818c94
 def _best_of_part(part:Tensor, blocks:Tensor, scheme:QuantScheme) -> tuple[Tensor, Tensor]:
-    "The best grid for some rows."
+    "The best scale and zero point for some rows."
     low, high = ranges(part, scheme)
     best, scales, zeros = None, None, None
     for f in CLIP_FACTORS:
@@ -142,7 +142,7 @@ class AWQQuantizer(BaseQuantizer):
         return bool(self.current()["n_grid"])
 
     def preferred_format(self,
-        scheme:QuantScheme, # The grid in use
+        scheme:QuantScheme, # The scheme in use
     ) -> str:               # A format's name
         "AWQ's own layout where vLLM takes it."
         width = 32 * scheme.width(32)
@@ -168,7 +168,7 @@ def check_hessians(
 # %% ../../nbs/quantizers/awq_quantizer.ipynb #a29560d8
 @patch
 def best_scale(self:AWQQuantizer,
-    layers:list[tuple[Tensor, QuantScheme]], # Weight and grid of each quantized consumer
+    layers:list[tuple[Tensor, QuantScheme]], # Weight and scheme of each quantized consumer
     stats:LayerStats,   # Of their shared input
     pair:SmoothingPair, # How channels correspond
     exact:bool=False,   # Powers of two only
@@ -245,7 +245,7 @@ def prepare_block(self:AWQQuantizer,
 def quantize_weight(self:AWQQuantizer,
     weight:Tensor,      # [out_features, in_features], any float dtype, its columns already scaled
     stats:LayerStats,   # Of its input, after the division
-    scheme:QuantScheme, # The grid
+    scheme:QuantScheme, # The quantization scheme
 ) -> QuantizedWeight:
     "Round on clipped ranges; `stats.notes` gets the relative error of the outputs."
     check_hessians(stats, "this layer")

@@ -138,7 +138,7 @@ def quantize_weight(self:GPTQQuantizer,
 ) -> QuantizedWeight:
     "Round `weight` against its Hessian; `stats.notes` gets damping, dead columns and the outputs' relative error."
     if scheme.type == "float":
-        raise UsageError(f"method {self.name} has no grid of FP8 numbers; use --method minmax, or activations of type int")
+        raise UsageError(f"method {self.name} has no FP8 codes; use --method minmax, or activations of type int")
     weight = weight.detach().to(torch.float32)
     self.check_statistics(stats, weight.shape[1])
     sweep, notes = self._sweep(weight, stats, scheme)

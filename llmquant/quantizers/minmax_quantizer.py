@@ -42,13 +42,13 @@ class MinMaxQuantizer(BaseQuantizer):
     def quantize_weight(self,
         weight:Tensor,      # [out_features, in_features]
         stats:Any,          # Not used
-        scheme:QuantScheme, # The grid
+        scheme:QuantScheme, # The quantization scheme
     ) -> QuantizedWeight:
-        "Each weight to the nearest code of its group's grid."
+        "Round to nearest (RTN): each weight to the nearest code of its group."
         return round_to_grid(weight, scheme)
 
     def promises_step(self,
-        scheme:QuantScheme, # The grid in use
+        scheme:QuantScheme, # The scheme in use
     ) -> bool:              # True when the range covers every weight
         "Only min-max ranges hold every weight to within a step; the numbers of FP8 lie unevenly."
         return scheme.range_rule == "minmax" and scheme.type == "int"
