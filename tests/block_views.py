@@ -11,9 +11,9 @@ from llmquant.core.model_registry import ModelRegistry
 from llmquant.core.quantizer_registry import BaseQuantizer
 from llmquant.models.layernorm_adapters import GPTNeoXAdapter, OPTAdapter
 from llmquant.plan.plan import make_plan
-from llmquant.walk.block_source import for_model
-from llmquant.walk.block_walk import BlockWalk
-from llmquant.walk.hidden_states import Activations
+from llmquant.sequential.block_source import for_model
+from llmquant.sequential.block_loop import BlockLoop
+from llmquant.sequential.hidden_states import Activations
 
 LAYERNORM = {"gpt_neox": GPTNeoXAdapter, "opt": OPTAdapter}
 
@@ -33,7 +33,7 @@ class Measuring(BaseQuantizer):
     def quantize_weight(self, weight, stats, scheme): raise NotImplementedError
 
 
-def walk_over(model, tokens, wanted=("maxima", "range"), batch_size=2, bits=8, group_size=-1, symmetric=True):
+def loop_over(model, tokens, wanted=("maxima", "range"), batch_size=2, bits=8, group_size=-1, symmetric=True):
     "A walk in front of the first block of a model in memory."
     adapter, quantizer = adapter_of(model), Measuring()
     quantizer.wanted = wanted
@@ -44,25 +44,25 @@ def walk_over(model, tokens, wanted=("maxima", "range"), batch_size=2, bits=8, g
     keep = lambda name, index: Activations([tuple(h.shape) for h in entry.hidden], torch.float32)
     stream = keep("quantized", 0)
     for batch, hidden in enumerate(entry.hidden): stream.put(batch, hidden)
-    return BlockWalk(plan, quantizer, blocks, entry, stream, stream, keep)
+    return BlockLoop(plan, quantizer, blocks, entry, stream, stream, keep)
 
 
-def view_of(walk, index=0, drop=(), pairs=None, activations=None, dtype=torch.float32):
+def view_of(loop, index=0, drop=(), pairs=None, activations=None, dtype=torch.float32):
     """A block, filled and measured, and its view.
 
     Linears whose names end with one of `drop` stay in float; `dtype` is the export's; `activations` is the grid that
     `view.error` puts inputs on.
     """
-    block, adapter = walk.blocks.load(index), walk.blocks.adapter
-    find = lambda name: adapter.get_layer_by_name(walk.blocks.model, name)
-    plans = {l.name: l for l in walk.plan.quantized if l.block == index and not l.name.endswith(tuple(drop) or "-")}
+    block, adapter = loop.blocks.load(index), loop.blocks.adapter
+    find = lambda name: adapter.get_layer_by_name(loop.blocks.model, name)
+    plans = {l.name: l for l in loop.plan.quantized if l.block == index and not l.name.endswith(tuple(drop) or "-")}
     if activations:
         plans = {n: replace(l, scheme=replace(l.scheme, activations=activations)) for n, l in plans.items()}
-    groups = walk.find_groups(index, block, {n: find(n) for n in plans})
-    measured = walk.measure(index, block, {names[0]: find(names[0]) for names in groups})
+    groups = loop.find_groups(index, block, {n: find(n) for n in plans})
+    measured = loop.measure(index, block, {names[0]: find(names[0]) for names in groups})
     stats = {n: measured[names[0]] for names in groups for n in names}
-    if pairs is None: pairs = adapter.smoothing_pairs(walk.blocks.model.config.to_dict(), index)
-    view = walk.view(index, block, plans, stats, pairs)
+    if pairs is None: pairs = adapter.smoothing_pairs(loop.blocks.model.config.to_dict(), index)
+    view = loop.view(index, block, plans, stats, pairs)
     view.dtype = dtype
     return block, view
 
@@ -70,13 +70,13 @@ def view_of(walk, index=0, drop=(), pairs=None, activations=None, dtype=torch.fl
 @torch.no_grad()
 def suppress(model, suppressor, tokens, activations=None, dtype=torch.float32, **options):
     "Suppress a model in memory block by block; the views, in order."
-    walk = walk_over(model, tokens, suppressor.needed_statistics(), **options)
+    loop = loop_over(model, tokens, suppressor.needed_statistics(), **options)
     views = []
-    for index in range(len(walk.blocks)):
-        block, view = view_of(walk, index, activations=activations, dtype=dtype)
+    for index in range(len(loop.blocks)):
+        block, view = view_of(loop, index, activations=activations, dtype=dtype)
         suppressor.apply_to_block(view)
-        walk.stream = walk.feed(index, block, walk.stream, "quantized")
-        for (part, name), parameter in walk.blocks.lent.items(): parameter.data.copy_(part._parameters[name])
-        walk.blocks.empty()
+        loop.stream = loop.feed(index, block, loop.stream, "quantized")
+        for (part, name), parameter in loop.blocks.lent.items(): parameter.data.copy_(part._parameters[name])
+        loop.blocks.empty()
         views.append(view)
     return views

@@ -20,18 +20,18 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import llmquant
-from llmquant.core.errors import ProofError
+from llmquant.core.errors import VerificationError
 from llmquant.core.format_registry import FormatRegistry
 from llmquant.core.qtensor import round_to_grid
 from llmquant.core.scheme import QuantScheme
 from llmquant.core.statistics import LayerStats
-from llmquant.evaluation import proof, served_check, served_model
+from llmquant.evaluation import verification, served_check, served_model
 from llmquant.evaluation.kernels import PER_TOKEN
 from llmquant.evaluation.served_linears import fused_parts, linear_errors, place, token_error
 from llmquant.evaluation.vllm_check import Answer, Job, ask_vllm_many, child_environment
 from llmquant.export.loading import load
 from llmquant.in_memory.quant_linear import QuantLinear
-from llmquant.walk.activation_grid import ActivationScheme, simulate, static_parameters
+from llmquant.sequential.activation_quantization import ActivationScheme, simulate, static_parameters
 
 AMX = torch.cpu._is_amx_tile_supported() and os.environ.get("LLMQUANT_CPU_AMX") != "0"
 WITH_AMX = pytest.mark.skipif(not AMX, reason="needs a CPU with AMX")
@@ -142,7 +142,7 @@ def dropped(tensors, config): del tensors[f"{DOWN}.input_scale"]
                                          (dropped, "input_scale: the export has no such tensor")])
 def test_planted_faults(folder, tmp_path, fault, said):
     "What would compute another model is found in the files."
-    with pytest.raises(ProofError, match=said):
+    with pytest.raises(VerificationError, match=said):
         proof.check_files(edited(folder/"static_asymmetric", tmp_path/"x", fault), folder/"base")
 
 
@@ -199,7 +199,7 @@ def test_a_verification_that_compares_no_linear_fails(folder, monkeypatch):
         return [Answer([t.indices.numpy() for t in tables], [t.values.numpy() for t in tables], dtype=job.dtype)]
     monkeypatch.setattr(proof, "vllm_installed", lambda: True)
     monkeypatch.setattr(served_check, "ask_vllm_many", serve)
-    with pytest.raises(ProofError) as caught: proof.verify(folder/"static", folder/"base")
+    with pytest.raises(VerificationError) as caught: proof.verify(folder/"static", folder/"base")
     assert str(caught.value) == f"not verified: {served_check.UNSEEN}"
 
 

@@ -11,10 +11,10 @@ from llmquant.core.qtensor import round_to_grid
 from llmquant.core.smoothing import SmoothingPair, fold
 from llmquant.plan.plan import make_plan
 from llmquant.quantizers.awq_quantizer import AWQQuantizer
-from llmquant.walk.block_source import for_model
-from llmquant.walk.block_view import BlockView
-from llmquant.walk.block_walk import BlockWalk
-from llmquant.walk.hidden_states import Activations
+from llmquant.sequential.block_source import for_model
+from llmquant.sequential.block_view import BlockView
+from llmquant.sequential.block_loop import BlockLoop
+from llmquant.sequential.hidden_states import Activations
 
 LITE = {"deepseek_v2": dict(q_lora_rank=None)}   # no latent query, as in V2-Lite
 
@@ -35,7 +35,7 @@ def loud(kind, **changes):
     return model
 
 
-def walk_over(model, bits=3, group_size=32, **options):
+def loop_over(model, bits=3, group_size=32, **options):
     "A walk in front of the first block, with random tokens as calibration text."
     adapter, quantizer = ModelRegistry.for_config(model.config.to_dict()), AWQQuantizer().configure(options)
     tensors = {name: (t.dtype, tuple(t.shape)) for name, t in adapter.checkpoint_tensors(model).items()}
@@ -45,33 +45,33 @@ def walk_over(model, bits=3, group_size=32, **options):
     keep = lambda name, index: Activations([tuple(h.shape) for h in entry.hidden], torch.float32)
     stream = keep("quantized", 0)
     for batch, hidden in enumerate(entry.hidden): stream.put(batch, hidden)
-    return BlockWalk(plan, quantizer, blocks, entry, stream, stream, keep)
+    return BlockLoop(plan, quantizer, blocks, entry, stream, stream, keep)
 
 
-def view_of(walk, index=0, drop=(), dtype=torch.float16, pairs=None):
+def view_of(loop, index=0, drop=(), dtype=torch.float16, pairs=None):
     "The block, its view and its groups, measured; Linears whose name ends with one of `drop` stay in float."
-    block, adapter = walk.blocks.load(index), walk.blocks.adapter
-    find = lambda name: adapter.get_layer_by_name(walk.blocks.model, name)
-    plans = {l.name: l for l in walk.plan.quantized if l.block == index and not l.name.endswith(tuple(drop) or "-")}
-    groups = walk.find_groups(index, block, {n: find(n) for n in plans})
-    measured = walk.measure(index, block, {names[0]: find(names[0]) for names in groups})
+    block, adapter = loop.blocks.load(index), loop.blocks.adapter
+    find = lambda name: adapter.get_layer_by_name(loop.blocks.model, name)
+    plans = {l.name: l for l in loop.plan.quantized if l.block == index and not l.name.endswith(tuple(drop) or "-")}
+    groups = loop.find_groups(index, block, {n: find(n) for n in plans})
+    measured = loop.measure(index, block, {names[0]: find(names[0]) for names in groups})
     stats = {n: measured[names[0]] for names in groups for n in names}
-    if pairs is None: pairs = adapter.smoothing_pairs(walk.blocks.model.config.to_dict(), index)
+    if pairs is None: pairs = adapter.smoothing_pairs(loop.blocks.model.config.to_dict(), index)
     return block, BlockView(index, dtype, plans, stats, pairs, find), groups
 
 
 @pytest.mark.parametrize("kind,index", [("llama", 0), ("qwen2", 1), ("qwen2_moe", 0), ("qwen2_moe", 1),
                                         ("deepseek_v3", 1), ("deepseek_v2", 0)])
 def test_function_stays_and_statistics_follow(kind, index):
-    walk = walk_over(loud(kind, **LITE.get(kind, {})))
-    block, view, groups = view_of(walk, index)
-    before = walk.run(index, block, walk.stream, 0)
-    walk.quantizer.prepare_block(view)
-    after = walk.run(index, block, walk.stream, 0)
+    loop = loop_over(loud(kind, **LITE.get(kind, {})))
+    block, view, groups = view_of(loop, index)
+    before = loop.run(index, block, loop.stream, 0)
+    loop.quantizer.prepare_block(view)
+    after = loop.run(index, block, loop.stream, 0)
     assert (after - before).norm() / before.norm() < 2e-6
     edited = {name for pair in view.pairs for name in (pair.producer, *pair.consumers)}
     assert view.edited and view.edited <= edited
-    again = walk.measure(index, block, {names[0]: view.module(names[0]) for names in groups})
+    again = loop.measure(index, block, {names[0]: view.module(names[0]) for names in groups})
     for names in groups:
         told, seen = view.stats[names[0]], again[names[0]]
         assert torch.allclose(told.hessian, seen.hessian, rtol=1e-3, atol=float(seen.hessian.abs().max()) * 1e-5)
@@ -83,40 +83,40 @@ def test_function_stays_and_statistics_follow(kind, index):
         parameters = [module.bias] if module.weight.dim() == 2 else [module.weight]
         for p in parameters:
             if p is not None: assert torch.allclose(p, p.to(torch.float16).float(), rtol=1e-5, atol=1e-8), name
-    walk.blocks.empty()
+    loop.blocks.empty()
 
 
 @pytest.mark.parametrize("symmetric", (False, True))
 def test_output_error_below_plain_rounding(symmetric):
-    walk = walk_over(loud("llama"), symmetric=symmetric)
-    block, view, _ = view_of(walk)
+    loop = loop_over(loud("llama"), symmetric=symmetric)
+    block, view, _ = view_of(loop)
     plain = {}
     for name, plan in view.plans.items():
         w, h = view.module(name).weight, view.stats[name].hessian
         moved = round_to_grid(w, plan.scheme).dequantize() - w
         plain[name] = float(((moved @ h) * moved).sum() / ((w @ h) * w).sum())**.5
-    walk.blocks.empty()
-    found, _ = walk.quantize_block(0, walk.blocks.load(0), dict(view.plans), view.pairs)
+    loop.blocks.empty()
+    found, _ = loop.quantize_block(0, loop.blocks.load(0), dict(view.plans), view.pairs)
     errors = {result.layer.name: next(v for k, v in result.notes.items() if k.startswith("output_error"))
               for _, result in found}
     assert set(errors) == set(plain)
     assert sum(errors.values()) < 0.9 * sum(plain.values())
-    walk.blocks.empty()
+    loop.blocks.empty()
 
 
 def test_a_consumer_in_float_gets_powers_of_two():
-    walk = walk_over(loud("llama"))
-    block, view, _ = view_of(walk, drop=("k_proj",))
+    loop = loop_over(loud("llama"))
+    block, view, _ = view_of(loop, drop=("k_proj",))
     name = "model.layers.0.self_attn.k_proj"
     old = view.module(name).weight.clone()
-    before = walk.run(0, block, walk.stream, 0)
-    walk.quantizer.prepare_block(view)
+    before = loop.run(0, block, loop.stream, 0)
+    loop.quantizer.prepare_block(view)
     factors = (view.module(name).weight / old)[0]
     assert (factors != 1).any() and (factors.log2() - factors.log2().round()).abs().max() < 5e-3
     assert name in view.edited and name not in view.stats
-    after = walk.run(0, block, walk.stream, 0)
+    after = loop.run(0, block, loop.stream, 0)
     assert (after - before).norm() / before.norm() < 2e-6
-    walk.blocks.empty()
+    loop.blocks.empty()
 
 
 def test_a_producer_in_float_stays_representable():
@@ -124,53 +124,53 @@ def test_a_producer_in_float_stays_representable():
     rows = torch.exp(1.5 * torch.randn(64, 1, generator=torch.Generator().manual_seed(3)))
     value = model.get_submodule(name).weight
     value.copy_((value * rows).half().float())
-    walk = walk_over(model)
-    _, view, _ = view_of(walk, drop=("v_proj",))
+    loop = loop_over(model)
+    _, view, _ = view_of(loop, drop=("v_proj",))
     pair = next(p for p in view.pairs if p.producer == name)
-    walk.quantizer.smooth_pair(view, pair)
+    loop.quantizer.smooth_pair(view, pair)
     value = view.module(name).weight
     normal = torch.where(value.abs() > 1e-3, value, 0)  # smaller ones may be subnormal in float16
     assert torch.equal(normal, normal.half().float())
     assert name in view.edited
-    walk.blocks.empty()
+    loop.blocks.empty()
 
 
 def test_a_pair_without_quantized_consumers_is_skipped():
-    walk = walk_over(loud("llama"))
-    _, view, _ = view_of(walk, drop=("gate_proj", "up_proj", "down_proj"))
-    walk.quantizer.prepare_block(view)
+    loop = loop_over(loud("llama"))
+    _, view, _ = view_of(loop, drop=("gate_proj", "up_proj", "down_proj"))
+    loop.quantizer.prepare_block(view)
     assert not any("mlp" in name or "post_attention" in name for name in view.edited)
     assert "model.layers.0.input_layernorm" in view.edited
-    walk.blocks.empty()
+    loop.blocks.empty()
 
 
 def test_errors_name_the_pair_and_the_adapters():
-    walk = walk_over(loud("llama"))
+    loop = loop_over(loud("llama"))
     pair = SmoothingPair("model.layers.0.input_norm", ("model.layers.0.self_attn.q_proj",))
-    _, view, _ = view_of(walk, pairs=(pair,))
+    _, view, _ = view_of(loop, pairs=(pair,))
     said = r"smoothing pair model\.layers\.0\.input_norm -> .*q_proj does not match block 0"
     with pytest.raises(UsageError, match=said):
-        walk.quantizer.prepare_block(view)
+        loop.quantizer.prepare_block(view)
     view.pairs = ()
     with pytest.raises(UsageError, match="no smoothing pairs are known for block 0.*deepseek, .*llama, .*qwen"):
-        walk.quantizer.prepare_block(view)
+        loop.quantizer.prepare_block(view)
     AWQQuantizer().configure({"n_grid": 0}).prepare_block(view)
     assert not view.edited
     view.pairs = (replace(pair, producer="model.layers.0.input_layernorm"),)
     view.stats["model.layers.0.self_attn.q_proj"].hessian.zero_()
     with pytest.raises(UsageError, match="Hessian of model.layers.0.self_attn.q_proj is zero"):
-        walk.quantizer.prepare_block(view)
-    walk.blocks.empty()
+        loop.quantizer.prepare_block(view)
+    loop.blocks.empty()
 
 
 def test_a_forgotten_consumer_is_stopped_by_the_walk():
-    walk = walk_over(loud("llama"))
-    _, view, _ = view_of(walk)
-    walk.blocks.empty()
+    loop = loop_over(loud("llama"))
+    _, view, _ = view_of(loop)
+    loop.blocks.empty()
     half = tuple(replace(p, consumers=p.consumers[:1]) for p in view.pairs)
     with pytest.raises(UsageError, match="changed its function"):
-        walk.quantize_block(0, walk.blocks.load(0), dict(view.plans), half)
-    walk.blocks.empty()
+        loop.quantize_block(0, loop.blocks.load(0), dict(view.plans), half)
+    loop.blocks.empty()
 
 
 @pytest.mark.parametrize("kind", ("gemma2", "olmo2", "phi3"))

@@ -20,7 +20,7 @@ from llmquant.core.quantizer_registry import QuantizerRegistry
 from llmquant.in_memory.quant_linear import QuantLinear
 from llmquant.pipeline.run import check
 from llmquant.utils.config import resolve
-from llmquant.walk import block_flow
+from llmquant.sequential import block_flow
 
 TEXT = dict(num_samples=6, max_length=48, batch_size=2)
 KEYS = {f"calibration.{key}": value for key, value in TEXT.items()}
@@ -88,15 +88,15 @@ def test_a_killed_run_goes_on_and_ends_the_same(checkpoints, tmp_path, method, k
 
 def stopped(monkeypatch, path, out, behind, **keys):
     "Run until a block is finished, then stop as Ctrl-C does."
-    import llmquant.walk.decoder_walk as decoder_walk
-    step = decoder_walk.BlockWalk.step
+    import llmquant.sequential.decoder_loop as decoder_loop
+    step = decoder_loop.BlockLoop.step
 
     def once(self, index, *rest):
         if index == behind: raise KeyboardInterrupt
         return step(self, index, *rest)
 
     with monkeypatch.context() as patched:
-        patched.setattr(decoder_walk.BlockWalk, "step", once)
+        patched.setattr(decoder_loop.BlockLoop, "step", once)
         with pytest.raises(KeyboardInterrupt): quantize(path, out, "gptq", **KEYS, **keys)
 
 
@@ -197,8 +197,8 @@ def test_another_tokenizer_does_not_go_on(checkpoints, tmp_path, monkeypatch):
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, UsageError])
 def test_a_failed_run_leaves_a_model_in_memory_as_it_was(monkeypatch, method, error, dtype):
-    from llmquant.walk.block_walk import BlockWalk
-    model, solve = tiny.build("llama", dtype), BlockWalk.solve
+    from llmquant.sequential.block_loop import BlockLoop
+    model, solve = tiny.build("llama", dtype), BlockLoop.solve
     before = {name: (p, p.clone()) for name, p in model.state_dict(keep_vars=True).items()}
     kinds = {name: type(module) for name, module in model.named_modules()}
 
@@ -206,7 +206,7 @@ def test_a_failed_run_leaves_a_model_in_memory_as_it_was(monkeypatch, method, er
         if any("layers.1.mlp.down" in name for name in modules): raise error("in the last group of block 1")
         return solve(self, modules, plans, stats)
 
-    monkeypatch.setattr(BlockWalk, "solve", failing)
+    monkeypatch.setattr(BlockLoop, "solve", failing)
     with pytest.raises(error):
         QuantizerRegistry.get(method)().quantize(model, bits=4, group_size=32,
                                                  calibration_data=torch.randint(3, 512, (4, 32)))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from llmquant import load, quantize
 from llmquant.calibration.data import load_calibration
-from llmquant.core.errors import ProofError, UsageError
+from llmquant.core.errors import UsageError, VerificationError
 from llmquant.pipeline.run import check
 from llmquant.utils.config import resolve
 
@@ -333,11 +333,11 @@ def test_other_methods_read_float8_codes(coded, tmp_path, keys):
 
 
 def test_a_run_on_float8_codes_is_verified_against_them(coded, tmp_path):
-    from llmquant.evaluation.proof import check_files
+    from llmquant.evaluation.verification import check_files
     model, plain = coded("rows")
     quantize(model, tmp_path / "out", **GRID)
     for reference in (model, plain): assert check_files(tmp_path / "out", reference)["float_tensors"] == 7
-    with pytest.raises(ProofError, match="model.embed_tokens.weight"):
+    with pytest.raises(VerificationError, match="model.embed_tokens.weight"):
         check_files(tmp_path / "out", variant(plain, tmp_path / "other", {
             name: tensor + (1 if "embed" in name else 0) for name, tensor in tensors_of(plain).items()}))
 

@@ -12,7 +12,7 @@ import yaml
 
 import llmquant
 from llmquant.cli import main as cli
-from llmquant.core.errors import ProofError, UsageError
+from llmquant.core.errors import UsageError, VerificationError
 from llmquant.core.options import SYMMETRIC, Option
 from llmquant.core.quantizer_registry import BaseQuantizer, QuantizerRegistry
 from llmquant.utils.config import recipe_to_dict, resolve
@@ -347,7 +347,7 @@ def test_bad_file(text, capsys, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]
 
 
-@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), 130), (ProofError("mean KL 0.3"), 1),
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), 130), (VerificationError("mean KL 0.3"), 1),
                                                (UsageError("no"), 2)], ids=lambda x: type(x).__name__)
 def test_exit_status(error, status, monkeypatch, capsys):
     "Ctrl-C, a failed proof and a refusal end differently."
@@ -429,7 +429,7 @@ def test_verify_flags(flags, expected, monkeypatch, capsys):
         seen.append((str(export), str(reference), kwargs))
         return {"vllm": {"mean_kl": 2e-6}}
 
-    monkeypatch.setattr("llmquant.evaluation.proof.verify", verify)
+    monkeypatch.setattr("llmquant.evaluation.verification.verify", verify)
     assert cli.main(f"verify out --reference org/name {flags}".split()) == 0
     assert seen == [("out", "org/name", expected)]
     first, *rest = capsys.readouterr().out.splitlines()
@@ -443,7 +443,7 @@ def test_verify_writes_what_it_found_into_the_report(tmp_path, monkeypatch, caps
     old = {"llmquant": "1", "verdict": "not verified", "layers": {"a": 1}, "proof": {"digests": {"a": "5f"}}}
     found = {"files": {"layers": 1}, "vllm": {"version": "0.32", "mean_kl": 2e-6, "bound": 1e-4, "kernels": {"x.y": 3}}}
     file.write_text(yaml.safe_dump(old))
-    monkeypatch.setattr("llmquant.evaluation.proof.verify", lambda *_, **__: found)
+    monkeypatch.setattr("llmquant.evaluation.verification.verify", lambda *_, **__: found)
     assert cli.main(["verify", str(tmp_path), "--reference", "base"]) == 0
     said = capsys.readouterr().out
     assert said.splitlines()[0] == "verified: files, and served by vLLM 0.32 with mean KL 2e-06 (at most 0.0001)"
@@ -455,7 +455,7 @@ def test_verify_writes_what_it_found_into_the_report(tmp_path, monkeypatch, caps
     def replaced(*_, **__):
         file.write_text("another")
         return found
-    monkeypatch.setattr("llmquant.evaluation.proof.verify", replaced)
+    monkeypatch.setattr("llmquant.evaluation.verification.verify", replaced)
     assert cli.main(["verify", str(tmp_path), "--reference", "base", "--verbose"]) == 0
     said = capsys.readouterr().out
     assert "vllm.kernels.x.y" in said and said.endswith("\nnot written into quantization_report.yaml\n")
@@ -515,7 +515,7 @@ def test_python_dash_m(tmp_path):
 
 
 RARELY = ("llmquant.checkpoint.gguf", "llmquant.checkpoint.gguf_config", "llmquant.checkpoint.gguf_model", "gguf",
-          "llmquant.evaluation.proof", "llmquant.evaluation.proof_config", "llmquant.evaluation.vllm_check",
+          "llmquant.evaluation.verification", "llmquant.evaluation.verification_config", "llmquant.evaluation.vllm_check",
           "llmquant.formats.unpackers", "llmquant.outlier_suppression.site_trial", "tqdm.auto",
           "datasets", "matplotlib", "transformers", "vllm")
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from llmquant.core.errors import UsageError
 from llmquant.core.scheme import scheme_for
-from llmquant.evaluation import proof, served_model
+from llmquant.evaluation import verification, served_model
 from llmquant.evaluation.vllm_check import Job, ask_vllm_many
 from llmquant.export.loading import load
 from llmquant.formats.unpackers import read_safetensors, unpack_layer

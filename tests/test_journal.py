@@ -19,7 +19,7 @@ import torch
 
 from llmquant.checkpoint.writer import ExportWriter
 from llmquant.core.errors import LLMQuantError, UsageError
-from llmquant.walk.decoder_walk import Storage
+from llmquant.sequential.decoder_loop import Storage
 
 BLOCKS, IDENTITY = 4, {"method": "gptq", "bits": 4, "calibration": {"fingerprint": "e3b0", "num_samples": 8}}
 LAYOUT = {"embed.weight": (torch.float16, (6, 4)), "norm.weight": (torch.bfloat16, (5,))}

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from llmquant import load, quantize
 from llmquant.core.errors import UsageError
-from llmquant.walk.decoder_walk import BlockWalk
+from llmquant.sequential.decoder_loop import BlockLoop
 
 CONFIG = {"quantization": {"outlier_suppression": "rotation", "rotation": {"block_size": 32}},
           "calibration": {"num_samples": 2, "max_length": 32}}
@@ -32,14 +32,14 @@ def base(tmp_path):
 @pytest.mark.parametrize("changed", [False, True])
 def test_a_norm_of_a_later_block_decides_about_the_basis(base, tmp_path, monkeypatch, changed):
     "The order of channels depends on all norms; another one is refused, the same one is gone on with."
-    plain = BlockWalk.step
+    plain = BlockLoop.step
 
     def dying(self, index, *args):
         if index == 2: raise KeyboardInterrupt
         return plain(self, index, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(BlockWalk, "step", dying)
+        patch.setattr(BlockLoop, "step", dying)
         with pytest.raises(KeyboardInterrupt): run(base, tmp_path / "out")
     if changed:
         file = base / "model.safetensors"

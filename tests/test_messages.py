@@ -7,14 +7,14 @@ import yaml
 from transformers import AutoConfig
 
 from llmquant.cli.summary import list_text
-from llmquant.core.errors import ProofError, UsageError
+from llmquant.core.errors import UsageError, VerificationError
 from llmquant.core.model_registry import ModelRegistry
 from llmquant.in_memory.save import export_model
 from llmquant.outlier_suppression.rotation import RotationSuppressor
 from llmquant.pipeline.run import check
 from llmquant.plan.memory import MemoryNeed, fit
 from llmquant.utils.config import resolve
-from llmquant.walk.equivalence import check_supported
+from llmquant.sequential.equivalence import check_supported
 
 MIB = 1 << 20
 
@@ -37,8 +37,8 @@ def test_failed_export_is_named_by_its_whole_path(tmp_path):
     "OUT.failed with the folder that it lies in, and not its last name alone."
     from llmquant.quantizers.minmax_quantizer import MinMaxQuantizer
     model = MinMaxQuantizer().quantize(tiny.build("llama", layers=1), bits=4, group_size=32)
-    def wrong(folder): raise ProofError("the export: mean KL 0.3")
-    with pytest.raises(ProofError) as failed:
+    def wrong(folder): raise VerificationError("the export: mean KL 0.3")
+    with pytest.raises(VerificationError) as failed:
         export_model(model, ModelRegistry.for_config(model.config.to_dict()), tmp_path/"deep"/"gg", verify=wrong)
     named = tmp_path/"deep"/"gg.failed"
     assert str(named) in str(failed.value) and (named/"config.json").is_file(), str(failed.value)

@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 from llmquant.cli import main as cli
-from llmquant.core.errors import ProofError, UsageError
+from llmquant.core.errors import UsageError, VerificationError
 from llmquant.core.model_registry import ModelRegistry
 from llmquant.core.qtensor import round_to_grid
 from llmquant.core.scheme import QuantScheme, scheme_of
-from llmquant.evaluation import proof, served_model
+from llmquant.evaluation import verification, served_model
 from llmquant.evaluation.vllm_check import Job, ask_vllm_many
 from llmquant.export.loading import load
 from llmquant.formats.unpackers import read_safetensors, unpack_layer
@@ -227,9 +227,9 @@ def test_a_wrong_entry_in_config_json_fails_the_proof(fault, folder, tmp_path):
     config = json.loads(file.read_text())
     fault(config["quantization_config"])
     file.write_text(json.dumps(config))
-    proof.check_files(folder/"w4w8", folder/"base")
-    with pytest.raises(ProofError, match=r"model\.layers\.0\.mlp\.down_proj"):
-        proof.check_files(tmp_path/"faulty", folder/"base")
+    verification.check_files(folder/"w4w8", folder/"base")
+    with pytest.raises(VerificationError, match=r"model\.layers\.0\.mlp\.down_proj"):
+        verification.check_files(tmp_path/"faulty", folder/"base")
 
 
 # vLLM

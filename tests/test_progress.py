@@ -56,18 +56,18 @@ def test_lines_in_a_pipe(model, tmp_path):
 
 def test_a_resumed_run_counts_on(tmp_path, monkeypatch, caplog):
     "Blocks have numbers from 0, as --layers gives them; progress says how many of all are done."
-    from llmquant.walk.decoder_walk import BlockWalk
+    from llmquant.sequential.decoder_loop import BlockLoop
     path, out = tiny.make("llama", tmp_path / "model", layers=4), tmp_path / "out"
     tiny_tokenizer.save(path)
     keys = {"bits": 4, "group_size": 64, "calibration.num_samples": 2, "calibration.max_length": 32}
-    step = BlockWalk.step
+    step = BlockLoop.step
 
     def stopping(self, index, *rest):
         if index == 3: raise KeyboardInterrupt
         return step(self, index, *rest)
 
     with monkeypatch.context() as patched:
-        patched.setattr(BlockWalk, "step", stopping)
+        patched.setattr(BlockLoop, "step", stopping)
         with pytest.raises(KeyboardInterrupt): quantize(path, out, "gptq", **keys)
     with caplog.at_level("INFO", "llmquant"): report = quantize(path, out, "gptq", **keys)
     assert "resuming at block 3 of 0 to 3" in caplog.messages and report["resumed"]["at_block"] == 3
@@ -150,7 +150,7 @@ def test_a_narrow_bar_shows_the_memory(columns, monkeypatch):
 
     from tqdm import tqdm
 
-    from llmquant.walk.layer import worst_of
+    from llmquant.sequential.layer import worst_of
     layer = SimpleNamespace(name="model.layers.11.self_attn.q_a_proj")
     text = worst_of([SimpleNamespace(layer=layer, relative_error=.12345)])
     stream = io.StringIO()

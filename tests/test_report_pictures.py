@@ -13,7 +13,7 @@ from outliers import inject_outliers
 from llmquant import quantize
 from llmquant.cli.summary import report_text
 from llmquant.export.export import PICTURE, REPORT
-from llmquant.walk.decoder_walk import BlockWalk
+from llmquant.sequential.decoder_loop import BlockLoop
 
 TEXT = {"num_samples": 4, "max_length": 48, "batch_size": 2}
 LEADERS = {"self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"}
@@ -100,13 +100,13 @@ def test_two_stages_are_two_rows(base, tmp_path):
 
 def test_no_pass_is_added_where_the_method_measures(base, tmp_path, monkeypatch):
     "What the method measures and what the report tells come from one pass."
-    wanted, plain = [], BlockWalk.measure
+    wanted, plain = [], BlockLoop.measure
 
     def noting(self, index, block, leaders, *args, **kwargs):
         wanted.append(kwargs.get("wanted") or self.wanted)
         return plain(self, index, block, leaders, *args, **kwargs)
 
-    monkeypatch.setattr(BlockWalk, "measure", noting)
+    monkeypatch.setattr(BlockLoop, "measure", noting)
     run(base, tmp_path / "out", "smooth_quant", "gptq")
     assert len(wanted) == 2 * 2 and all("maxima" in names for names in wanted)
     wanted.clear()

@@ -19,7 +19,7 @@ from llmquant.models.qwen_adapter import QwenAdapter
 from llmquant.outlier_suppression.hadamard import hadamard_factor, paley
 from llmquant.outlier_suppression.rotation import RotationSuppressor
 from llmquant.outlier_suppression.rotations import make_rotation
-from llmquant.walk.block_source import for_checkpoint
+from llmquant.sequential.block_source import for_checkpoint
 
 ADAPTERS = {"llama": LlamaAdapter, "mistral": LlamaAdapter, "qwen2": QwenAdapter, "qwen3": QwenAdapter,
             "qwen2_moe": QwenAdapter, "qwen3_moe": QwenAdapter, "deepseek_v2": DeepSeekAdapter,

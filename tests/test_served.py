@@ -21,8 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextModel
 
 from llmquant.cli.main import main
-from llmquant.core.errors import ProofError
-from llmquant.evaluation import proof, served_check, served_model, vllm_check
+from llmquant.core.errors import VerificationError
+from llmquant.evaluation import verification, served_check, served_model, vllm_check
 from llmquant.evaluation.demo import demo_text
 from llmquant.evaluation.kernels import W4A8_PRODUCT
 from llmquant.evaluation.served_model import forced_logits
@@ -67,10 +67,10 @@ def server(asked, wrong, refused=(), default=None):
 def verify(folder, monkeypatch, wrong, base="base", refused=(), default=None, **more):
     "What the verification finds with such a server, and what it asked."
     asked = []
-    monkeypatch.setattr(proof, "vllm_installed", lambda: True)
+    monkeypatch.setattr(verification, "vllm_installed", lambda: True)
     monkeypatch.setattr(served_check, "ask_vllm_many", server(asked, wrong, refused, default))
-    try: return proof.verify(folder/"w4", folder/base, **more)["vllm"], asked
-    except ProofError as error: return str(error), asked
+    try: return verification.verify(folder/"w4", folder/base, **more)["vllm"], asked
+    except VerificationError as error: return str(error), asked
 
 
 def test_a_right_export(folder, monkeypatch):
@@ -125,7 +125,7 @@ def test_an_export_that_cannot_be_loaded(folder, monkeypatch):
     assert text == f"the export: {CANNOT}the export/float16); the float reference, served in the same way, is right"
     assert [dtype for name, dtype, _ in asked if name == "base"] == ["float16", "bfloat16", "float32"]
     monkeypatch.setattr(served_check, "ask_vllm_many", server([], (), {("w4", "float16")}))
-    with pytest.raises(ProofError) as caught: proof.verify(folder/"w4")   # nothing to compare it with
+    with pytest.raises(VerificationError) as caught: verification.verify(folder/"w4")   # nothing to compare it with
     assert str(caught.value) == f"the export: {CANNOT}the export/float16)"
 
 
@@ -236,7 +236,7 @@ def test_the_bound_in_bfloat16_is_the_references_own_noise(folder, monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what a CPU does by default")
 def test_what_a_server_does_by_default(folder):
     "4-bit weights of a model in bfloat16: 8-bit activations with AMX, and both divergences; nothing to say without."
-    found = proof.verify(folder/"w4", folder/"base")["vllm"]
+    found = verification.verify(folder/"w4", folder/"base")["vllm"]
     assert found["dtype"] == "float16" and found["mean_kl"] < 1e-5
     assert not any(W4A8_PRODUCT in kernel for kernel in found["kernels"])
     assert ("server_default" in found) == AMX

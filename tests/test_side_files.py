@@ -4,10 +4,10 @@ import json
 import pytest
 import tiny
 
-from llmquant.core.errors import LLMQuantError, ProofError
+from llmquant.core.errors import LLMQuantError, VerificationError
 from llmquant.core.model_registry import ModelRegistry
 from llmquant.core.quantizer_registry import QuantizerRegistry
-from llmquant.evaluation.proof_config import check_config
+from llmquant.evaluation.verification_config import check_config
 from llmquant.pipeline.run import quantize
 
 STALE = {"quantize_config.json": '{"bits": 8, "group_size": 128}', "quant_config.json": '{"w_bit": 8}',
@@ -61,7 +61,7 @@ def test_verification_allows_what_was_left_out():
     "An export without auto_map is the reference's; one with another auto_map is not."
     theirs = {"model_type": "llama", "auto_map": {"AutoModel": "modeling_own.Own"}}
     check_config({"model_type": "llama"}, theirs, {})
-    with pytest.raises(ProofError, match="auto_map.AutoModel is"):
+    with pytest.raises(VerificationError, match="auto_map.AutoModel is"):
         check_config({"model_type": "llama", "auto_map": {"AutoModel": "other.Other"}}, theirs, {})
 
 

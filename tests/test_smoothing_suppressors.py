@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 import yaml
-from block_views import suppress, view_of, walk_over
+from block_views import suppress, view_of, loop_over
 from outliers import inject_outliers
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,7 +19,7 @@ from llmquant.outlier_suppression.outlier_suppression_v2 import STRENGTHS, Outli
 from llmquant.outlier_suppression.smooth_quant import ALPHAS, SmoothQuantSuppressor, smoothing_factors
 from llmquant.outlier_suppression.smoothing_site import sites_of
 from llmquant.utils.config import resolve
-from llmquant.walk.activation_grid import ActivationScheme
+from llmquant.sequential.activation_quantization import ActivationScheme
 
 TOKENS = torch.randint(3, 512, (4, 48), generator=torch.Generator().manual_seed(0))
 A8 = ActivationScheme()
@@ -76,11 +76,11 @@ def test_statistics_follow(kind, maker):
     "The numbers that an edit leaves behind are those that measuring again finds."
     model, suppressor = inject_outliers(tiny.build(kind, torch.float32), [5], 24.), MAKERS[maker]()
     if maker == "plus": suppressor._ensure_vllm_compatibility(model)
-    walk = walk_over(model, TOKENS)
-    block, view = view_of(walk, 1, activations=A8)
+    loop = loop_over(model, TOKENS)
+    block, view = view_of(loop, 1, activations=A8)
     suppressor.apply_to_block(view)
-    groups = walk.find_groups(1, block, {name: view.module(name) for name in view.plans})
-    again = walk.measure(1, block, {names[0]: view.module(names[0]) for names in groups})
+    groups = loop.find_groups(1, block, {name: view.module(name) for name in view.plans})
+    again = loop.measure(1, block, {names[0]: view.module(names[0]) for names in groups})
     for names in groups:
         told = view.stats[names[0]]
         assert all(view.stats[name] is told for name in names)
@@ -106,7 +106,7 @@ def test_injected_outliers_change_nothing_but_activations():
     for kind in "llama", "opt":
         plain, loud = tiny.build(kind, torch.float32), inject_outliers(tiny.build(kind, torch.float32), [5, 33], 64.)
         assert moved(loud(TOKENS).logits, plain(TOKENS).logits) < 1e-6
-        maxima = [view_of(walk_over(model, TOKENS))[1].stats for model in (plain, loud)]
+        maxima = [view_of(loop_over(model, TOKENS))[1].stats for model in (plain, loud)]
         name = next(n for n in maxima[0] if n.endswith("q_proj"))
         ratio = maxima[1][name].maxima / maxima[0][name].maxima
         assert torch.allclose(ratio[[5, 33]], torch.tensor(64.)) and torch.allclose(ratio[:5], torch.ones(5), rtol=1e-4)
@@ -120,14 +120,14 @@ def test_outliers_stop_hurting(kind, maker):
     for loud in False, True:
         model = tiny.build(kind, torch.float32)
         if loud: inject_outliers(model, [5, 33], 64.)
-        walk = walk_over(model, TOKENS)
-        _, view = view_of(walk, 1, activations=ActivationScheme(bits=6))
+        loop = loop_over(model, TOKENS)
+        _, view = view_of(loop, 1, activations=ActivationScheme(bits=6))
         reference = view.outputs(2)
         errors.append(view.error(reference, 2))
         if loud:
             MAKERS[maker]().apply_to_block(view)
             errors.append(view.error(reference, 2))
-        walk.blocks.empty()
+        loop.blocks.empty()
     quiet, hurt, healed = errors
     assert hurt > 4 * quiet and healed < 2 * quiet
 
@@ -137,14 +137,14 @@ def test_a_shift_helps_where_channels_lie_far_away():
     for layer in model.model.decoder.layers: layer.self_attn_layer_norm.bias[[3, 50, 90]] += 25.
     found = {}
     for maker in "fixed", "plus":
-        walk = walk_over(model, TOKENS)
-        _, view = view_of(walk, 1, activations=ActivationScheme(bits=6))
+        loop = loop_over(model, TOKENS)
+        _, view = view_of(loop, 1, activations=ActivationScheme(bits=6))
         reference = view.outputs(2)
         before = view.error(reference, 2)
         MAKERS[maker]().apply_to_block(view)
         found[maker] = view.error(reference, 2) / before
         stats = view.stats["model.decoder.layers.1.self_attn.q_proj"]
-        walk.blocks.empty()
+        loop.blocks.empty()
     assert found["plus"] < .7 * found["fixed"] < .7
     assert float((stats.high + stats.low).abs().max()) < 1e-3 * float(stats.maxima.max())
 
@@ -196,36 +196,36 @@ def test_a_second_suppression(maker):
 
 @pytest.mark.parametrize("maker", ("fixed", "plus"))
 def test_a_consumer_in_float_gets_powers_of_two(maker):
-    walk = walk_over(inject_outliers(tiny.build("llama", torch.float32), [5], 24.), TOKENS)
-    block, view = view_of(walk, drop=("k_proj",), activations=A8, dtype=torch.float16)
+    loop = loop_over(inject_outliers(tiny.build("llama", torch.float32), [5], 24.), TOKENS)
+    block, view = view_of(loop, drop=("k_proj",), activations=A8, dtype=torch.float16)
     key = view.module("model.layers.0.self_attn.k_proj").weight
-    old, before = key.clone(), walk.run(0, block, walk.stream, 0)
+    old, before = key.clone(), loop.run(0, block, loop.stream, 0)
     MAKERS[maker]().apply_to_block(view)
     factors = (key / old).nanmedian(0).values
     assert (factors != 1).any() and (factors.log2() - factors.log2().round()).abs().max() < 5e-3
-    assert moved(walk.run(0, block, walk.stream, 0), before) < 1e-5
-    walk.blocks.empty()
+    assert moved(loop.run(0, block, loop.stream, 0), before) < 1e-5
+    loop.blocks.empty()
 
 
 @pytest.mark.parametrize("maker", MAKERS)
 def test_the_walk_holds_them_to_it(maker):
     suppressor = MAKERS[maker]()
-    walk = walk_over(inject_outliers(tiny.build("qwen2", torch.float32), [5], 24.), TOKENS)
-    walk.suppressors = (suppressor,)
-    block, view = view_of(walk, activations=A8)
-    groups = walk.find_groups(0, block, {name: view.module(name) for name in view.plans})
+    loop = loop_over(inject_outliers(tiny.build("qwen2", torch.float32), [5], 24.), TOKENS)
+    loop.suppressors = (suppressor,)
+    block, view = view_of(loop, activations=A8)
+    groups = loop.find_groups(0, block, {name: view.module(name) for name in view.plans})
     leaders = {names[0]: view.module(names[0]) for names in groups}
-    edited = walk.suppress(0, block, view.plans, leaders, groups, view.pairs)
-    facts = walk.suppressed[0][suppressor.name]
+    edited = loop.suppress(0, block, view.plans, leaders, groups, view.pairs)
+    facts = loop.suppressed[0][suppressor.name]
     assert facts["change"] < 1e-5 and set(facts["edited"]) == edited and facts["pairs"]
     half = tuple(replace(pair, consumers=pair.consumers[:1]) for pair in view.pairs)
-    _refused(walk, block, view, leaders, groups, half)
-    walk.blocks.empty()
+    _refused(loop, block, view, leaders, groups, half)
+    loop.blocks.empty()
 
 
-def _refused(walk, block, view, leaders, groups, half):
+def _refused(loop, block, view, leaders, groups, half):
     with pytest.raises(UsageError, match="changed its function"):
-        walk.suppress(0, block, view.plans, leaders, groups, half)
+        loop.suppress(0, block, view.plans, leaders, groups, half)
 
 
 def judged_by(site, target, asked):
@@ -243,8 +243,8 @@ BETWEEN = [(1., 1.), (1., .75), (2**.5, 1.), (2**.5, .75)] # reached by making t
 
 @pytest.mark.parametrize("above, strength", COARSE_ROW + BETWEEN)
 def test_the_search_finds_threshold_and_strength(above, strength):
-    walk = walk_over(inject_outliers(tiny.build("llama", torch.float32), [5, 33], 200.), TOKENS)
-    _, view = view_of(walk)
+    loop = loop_over(inject_outliers(tiny.build("llama", torch.float32), [5, 33], 200.), TOKENS)
+    _, view = view_of(loop)
     site = next(site for site in sites_of(view, "it") if "post_attention" in site.pair.producer)
     sizes, asked = site.gather(site.stats.maxima), []
     t = above * float(sizes.median())
@@ -253,19 +253,19 @@ def test_the_search_finds_threshold_and_strength(above, strength):
     assert found[1] == strength and found[0] == pytest.approx(t, rel=1e-3) and errors[found] == min(errors.values())
     assert len(asked) < 30
     assert torch.equal(factors, drawn(sizes, *found)) and not view.edited
-    walk.blocks.empty()
+    loop.blocks.empty()
 
 
 @pytest.mark.parametrize("alpha", (0., .3, .8, 1.))
 def test_the_search_finds_alpha(alpha):
-    walk = walk_over(inject_outliers(tiny.build("llama", torch.float32), [5, 33], 24.), TOKENS)
-    _, view = view_of(walk)
+    loop = loop_over(inject_outliers(tiny.build("llama", torch.float32), [5, 33], 24.), TOKENS)
+    _, view = view_of(loop)
     site, asked = next(site for site in sites_of(view, "it") if "input_layernorm" in site.pair.producer), []
     site.trial = judged_by(site, smoothing_factors(site.gather(site.stats.maxima), site.column_maxima(), alpha), asked)
     SmoothQuantSuppressor().configure({}).edit_site(site)
     assert facts_of(view, "smooth_quant")[site.pair.producer]["alpha"] == alpha
     assert len(asked) <= 7
-    walk.blocks.empty()
+    loop.blocks.empty()
 
 
 SMALL = dict(hidden_size=64, intermediate_size=192, num_attention_heads=2, num_key_value_heads=1)
@@ -279,8 +279,8 @@ def test_the_search_chooses_what_running_the_whole_block_would(kind, bits, shape
     "The chosen alpha is within 2 % of the best of all eleven and none, each tried on the whole block and all of the text."
     tokens = torch.randint(3, 512, (4, 192), generator=torch.Generator().manual_seed(seed))
     model = inject_outliers(tiny.build(kind, torch.float32, seed=seed, **shape), [5, 33], 24.)
-    walk = walk_over(model, tokens)
-    _, view = view_of(walk, 1, activations=ActivationScheme(bits=bits))
+    loop = loop_over(model, tokens)
+    _, view = view_of(loop, 1, activations=ActivationScheme(bits=bits))
     for site in sites_of(view, "it"):
         reference = view.outputs(None)
         inputs, columns = site.gather(site.stats.maxima), site.column_maxima()
@@ -293,58 +293,58 @@ def test_the_search_chooses_what_running_the_whole_block_would(kind, bits, shape
         SmoothQuantSuppressor().apply_to_pair(site.pair, view)
         chosen = facts_of(view, "smooth_quant")[site.pair.producer]["alpha"]
         assert errors[chosen] <= 1.02 * min(errors.values()), (site.pair.producer, chosen, errors)
-    walk.blocks.empty()
+    loop.blocks.empty()
 
 
 def test_the_search_takes_a_quarter_of_the_products():
     "Beside running the whole block for the reference, for no factors and for eleven alphas of each pair."
     tokens = torch.randint(3, 512, (4, 512), generator=torch.Generator().manual_seed(0))
-    walk = walk_over(tiny.build("llama", torch.float32), tokens)
-    _, view = view_of(walk, activations=A8)
+    loop = loop_over(tiny.build("llama", torch.float32), tokens)
+    _, view = view_of(loop, activations=A8)
     with FlopCounterMode(display=False) as once: view.outputs(None)
     with FlopCounterMode(display=False) as search: SmoothQuantSuppressor().apply_to_block(view)
     assert 0 < 4 * search.get_total_flops() < 13 * len(view.pairs) * once.get_total_flops()
-    walk.blocks.empty()
+    loop.blocks.empty()
 
 
 @pytest.mark.parametrize("batch_size, batches", ((1, 2), (2, 1), (4, 1)))
 def test_a_search_reads_whole_batches_until_there_are_enough(monkeypatch, batch_size, batches):
     monkeypatch.setattr(site_trial, "TOKENS", 90)
-    walk = walk_over(tiny.build("llama", torch.float32), TOKENS, batch_size=batch_size)
-    _, view = view_of(walk)
+    loop = loop_over(tiny.build("llama", torch.float32), TOKENS, batch_size=batch_size)
+    _, view = view_of(loop)
     site, *_ = sites_of(view, "it")
     site_trial.record([site])
     assert len(site.trial.batches) == batches and len(view.outputs(None)) == 4 // batch_size
-    walk.blocks.empty()
+    loop.blocks.empty()
 
 
 def test_nothing_to_gain_is_no_error(monkeypatch):
     "A block in which no threshold helps is edited all the same, by factors of 1."
-    walk = walk_over(tiny.build("llama", torch.float32), TOKENS)
-    _, view = view_of(walk)
+    loop = loop_over(tiny.build("llama", torch.float32), TOKENS)
+    _, view = view_of(loop)
     monkeypatch.setattr(site_trial.Trial, "error", lambda trial, taken=None: 0.)
     monkeypatch.setattr(site_trial.Trial, "error_of_block", lambda trial: 0.)
     OutlierSuppressionV2().apply_to_block(view)
     assert view.edited and all(f["threshold"] is None for f in facts_of(view, "outlier_suppression_v2").values())
-    walk.blocks.empty()
+    loop.blocks.empty()
 
 
 @pytest.mark.parametrize("maker", ("fixed", "plus"))
 def test_bad_input_is_named(maker):
-    suppressor, walk = MAKERS[maker](), walk_over(tiny.build("llama", torch.float32), TOKENS)
+    suppressor, loop = MAKERS[maker](), loop_over(tiny.build("llama", torch.float32), TOKENS)
     at = "model.layers.0"
     cases = {(): f"{suppressor.name}: no smoothing pairs are known for block 0",
              (SmoothingPair(f"{at}.norm", (f"{at}.self_attn.q_proj",)),): r"norm -> .*q_proj does not match block 0",
              (SmoothingPair(f"{at}.input_layernorm", (f"{at}.mlp.down_proj",)),): "down_proj reads 256 channels, but"}
     for pairs, message in cases.items():
-        _, view = view_of(walk, pairs=pairs)
+        _, view = view_of(loop, pairs=pairs)
         with pytest.raises(UsageError, match=message): suppressor.apply_to_block(view)
         assert not view.edited
-        walk.blocks.empty()
-    _, view = view_of(walk)
+        loop.blocks.empty()
+    _, view = view_of(loop)
     for stats in view.stats.values(): stats.maxima.zero_()
     with pytest.raises(UsageError, match="is zero after 192 calibration tokens"): suppressor.apply_to_block(view)
-    walk.blocks.empty()
+    loop.blocks.empty()
 
 
 @pytest.mark.parametrize("alpha", (-.1, 1.01, float("nan"), "0.5", True))
@@ -355,10 +355,10 @@ def test_alpha_outside_its_range(alpha):
 
 @pytest.mark.parametrize("kind", ("gemma2", "olmo2", "phi3"))
 def test_models_without_pairs(kind):
-    walk = walk_over(tiny.build(kind, torch.float32), TOKENS)
-    _, view = view_of(walk)
+    loop = loop_over(tiny.build(kind, torch.float32), TOKENS)
+    _, view = view_of(loop)
     with pytest.raises(UsageError, match="no smoothing pairs are known"): SmoothQuantSuppressor().apply_to_block(view)
-    walk.blocks.empty()
+    loop.blocks.empty()
 
 
 @pytest.mark.parametrize("name,cls", (("smooth_quant", SmoothQuantSuppressor),

@@ -18,9 +18,9 @@ from llmquant.core.errors import UsageError
 from llmquant.core.model_registry import ModelRegistry
 from llmquant.plan.plan import make_plan
 from llmquant.quantizers.gptq_quantizer import GPTQQuantizer
-from llmquant.walk.block_flow import BlockFlow
-from llmquant.walk.block_source import BlockInputs, for_checkpoint
-from llmquant.walk.decoder_walk import Storage, climb, start_blocks
+from llmquant.sequential.block_flow import BlockFlow
+from llmquant.sequential.block_source import BlockInputs, for_checkpoint
+from llmquant.sequential.decoder_loop import Storage, run_blocks, start_blocks
 
 TABLE = json.loads((ROOT / "results" / "statistics.json").read_text(encoding="utf-8"))
 BOUND = 1e-5 # relative; the block loop computes in float32
@@ -143,10 +143,10 @@ def test_killed_behind_any_block_and_resumed(kind, tmp_path):
             plan = make_plan(adapter, config, shapes, torch.bfloat16, quantizer, 4, -1)
         source = tool.SimpleNamespace(config=config, tensor=lambda name: tensors[name].detach().clone())
         blocks, journal = for_checkpoint(source, adapter), Journal(done, die_behind)
-        walk = start_blocks(plan, quantizer, blocks, tokens, 2, Storage(torch.bfloat16, device, folder), journal.done)
+        loop = start_blocks(plan, quantizer, blocks, tokens, 2, Storage(torch.bfloat16, device, folder), journal.done)
         writer = tool.Kept() if writer is None else writer
-        tool.note_statistics(walk, writer)
-        try: climb(walk, writer, journal=journal)
+        tool.note_statistics(loop, writer)
+        try: run_blocks(loop, writer, journal=journal)
         except KeyboardInterrupt: pass
         return writer, journal.done
     whole = run(tmp_path)[0].stats
@@ -162,7 +162,7 @@ def test_what_the_page_refuses_is_what_was_measured():
     "Every architecture that the page of `block_flow` names as refused was, and for the reason of its row."
     root = Path(__file__).parents[1]
     rows = json.loads((root / "results/statistics.json").read_text())["rows"]
-    page = json.loads((root / "nbs/walk/block_flow.ipynb").read_text())
+    page = json.loads((root / "nbs/sequential/block_flow.ipynb").read_text())
     table = next("".join(c["source"]) for c in page["cells"] if "| refused |" in "".join(c["source"]))
     refused = [line for line in table.splitlines() if line.endswith("| refused |")]
     reasons = {"share": "share the weight", "class": "can be kept", "exchanged": "exchanges modules"}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "llmquant"
-ROOMS = ("cli", "pipeline", "in_memory", "evaluation", "export", "serving", "outlier_suppression", "walk", "plan",
+ROOMS = ("cli", "pipeline", "in_memory", "evaluation", "export", "serving", "outlier_suppression", "sequential", "plan",
          "quantizers", "formats", "calibration", "checkpoint", "models", "utils", "core")  # from the top to the floor
 WINGS = {"outlier_suppression", "quantizers", "formats", "models"}
 FRONT = {"registry_init", "__main__"}  # above every room; nothing imports them
@@ -160,7 +160,7 @@ def test_the_export_sink_owns_writer_and_journal(trees): assert reached_through(
 
 def test_one_loop_quantizes_weight_by_weight(trees):
     "For a checkpoint and for a model in memory; the block loop, which measures, is the other one."
-    loops = ["walk.block_walk.solve", "walk.layer.quantize_stack", "walk.walk.walk"]
+    loops = ["sequential.block_loop.solve", "sequential.layer.quantize_stack", "sequential.layer_loop.run_layers"]
     assert users(trees, "quantize_layer") == loops
 
 

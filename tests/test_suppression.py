@@ -12,7 +12,7 @@ import yaml
 from llmquant import load, quantize
 from llmquant.core.errors import UsageError
 from llmquant.core.quantizer_registry import QuantizerRegistry
-from llmquant.evaluation.proof import check_files
+from llmquant.evaluation.verification import check_files
 from llmquant.evaluation.served_model import forced_logits
 from llmquant.in_memory.quant_linear import QuantLinear
 

@@ -16,8 +16,8 @@ import tiny_tokenizer
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmquant.core.errors import LLMQuantError, ProofError
-from llmquant.evaluation import proof, served_model
+from llmquant.core.errors import LLMQuantError, VerificationError
+from llmquant.evaluation import verification, served_model
 from llmquant.evaluation.vllm_check import Job, ask_vllm_many
 from llmquant.export.loading import load
 from llmquant.formats.packing import pack_bits, unpack_bits
@@ -191,7 +191,7 @@ def test_planted_faults_move_vllm_a_hundredfold_over_the_bound(fault, folder, pl
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_fail_the_proof(fault, folder):
-    with pytest.raises(ProofError, match=r"layer model\.layers\.\d.*: what is in the files is not what was computed"):
+    with pytest.raises(VerificationError, match=r"layer model\.layers\.\d.*: what is in the files is not what was computed"):
         proof.verify(folder/fault.__name__, folder/"base")
 
 
@@ -203,10 +203,10 @@ def test_a_stock_vllm(folder, stock, prompts):
 
 def test_moved_weights_and_float_tensors_fail_the_proof(folder, tmp_path):
     moved = edited(folder/"base", tmp_path/"moved", lambda t: t["model.layers.1.mlp.up_proj.weight"][3, 5].add_(1))
-    with pytest.raises(ProofError, match="layer model.layers.1.mlp.up_proj: a weight moved by"):
+    with pytest.raises(VerificationError, match="layer model.layers.1.mlp.up_proj: a weight moved by"):
         proof.check_files(folder/"w4", moved)
     norm = edited(folder/"base", tmp_path/"norm", lambda t: t["model.layers.1.input_layernorm.weight"][7].mul_(1.01))
-    with pytest.raises(ProofError, match="tensor model.layers.1.input_layernorm.weight: was not quantized"):
+    with pytest.raises(VerificationError, match="tensor model.layers.1.input_layernorm.weight: was not quantized"):
         proof.check_files(folder/"w4", norm)
 
 

@@ -440,7 +440,7 @@ def try_one(bases, kind, number, seed, loud=False):
 def prepared(folder, **what):
     "The bases in `folder`, no vLLM, and what a mutated input may make libraries print kept off the screen."
     import warnings
-    with mock.patch("llmquant.evaluation.proof.vllm_installed", return_value=False), warnings.catch_warnings():
+    with mock.patch("llmquant.evaluation.verification.vllm_installed", return_value=False), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield Bases(folder, **what)
 

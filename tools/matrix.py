@@ -288,8 +288,8 @@ def compare(job, reference, said):
     "The figures of one row: files against the digests, vLLM against the dequantized export and its activation grid."
     import torch
 
-    from llmquant.evaluation import proof, served_check, served_model
-    from llmquant.evaluation.proof_config import read_report
+    from llmquant.evaluation import verification, served_check, served_model
+    from llmquant.evaluation.verification_config import read_report
     from llmquant.export.loading import load
 
     out, prompts = Path(job.path), job.prompts

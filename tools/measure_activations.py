@@ -68,7 +68,7 @@ def look(model, windows):
     "Figures of every kind and block, the first tokens of a window, and the logits of that window."
     import torch
 
-    from llmquant.walk.input_groups import watching
+    from llmquant.sequential.input_groups import watching
 
     blocks = range(len(model.model.layers))
     named = {(kind, block): module for block in blocks for kind, module in linears(model, block).items()}

@@ -46,25 +46,25 @@ def model_and_ids(folder, blocks, windows, length):
 def measure(given):
     "Search the blocks of one model with one suppressor; print one JSON line for each."
     import torch
-    from block_views import view_of, walk_over
+    from block_views import view_of, loop_over
 
     from llmquant.core.outlier_suppression_registry import OutlierSuppressionRegistry
-    from llmquant.walk.activation_grid import ActivationScheme
+    from llmquant.sequential.activation_quantization import ActivationScheme
     blocks = [int(b) for b in given.blocks.split(",")]
     model, ids = model_and_ids(given.model[0] if given.model else "", max(blocks) + 1, given.windows, given.length)
-    walk = walk_over(model, ids, batch_size=1)
+    loop = loop_over(model, ids, batch_size=1)
     judged = json.loads(given.judge) if given.judge else {}
     with torch.no_grad():
         for index in range(max(blocks) + 1):
             if index in blocks:
-                (block, view), found = view_of(walk, index, activations=ActivationScheme()), {}
+                (block, view), found = view_of(loop, index, activations=ActivationScheme()), {}
                 for when, choices in judged.items():
                     with kept(block): found[when] = judge(view, given.suppressor, choices[str(index)])
                 if not judged: found = search(view, OutlierSuppressionRegistry.get(given.suppressor)())
                 print(json.dumps({"block": index, **found}), flush=True)
-                walk.blocks.empty()
-            walk.stream = walk.feed(index, walk.blocks.load(index), walk.stream, "quantized")
-            walk.blocks.empty()
+                loop.blocks.empty()
+            loop.stream = loop.feed(index, loop.blocks.load(index), loop.stream, "quantized")
+            loop.blocks.empty()
 
 
 def search(view, suppressor):

@@ -32,9 +32,9 @@ from llmquant.core.model_registry import ModelRegistry
 from llmquant.core.qtensor import round_to_grid
 from llmquant.core.quantizer_registry import BaseQuantizer
 from llmquant.plan.plan import make_plan
-from llmquant.walk.block_flow import flow_of
-from llmquant.walk.block_source import for_checkpoint, for_model
-from llmquant.walk.decoder_walk import Storage, climb, start_blocks
+from llmquant.sequential.block_flow import flow_of
+from llmquant.sequential.block_source import for_checkpoint, for_model
+from llmquant.sequential.decoder_loop import Storage, run_blocks, start_blocks
 
 ROOT = Path(__file__).parent.parent
 WINDOWS, LENGTH, BATCHES, VOCABULARY = 4, 20, (1, 2, 4), 96
@@ -149,13 +149,13 @@ class Kept(dict):
         self[layer.name] = weight.dequantize(torch.float32)
 
 
-def note_statistics(walk, writer):
+def note_statistics(loop, writer):
     "Let a writer keep what each Linear is quantized with."
-    solve = walk.solve
+    solve = loop.solve
     def noting(modules, plans, stats):
         writer.stats.update({name: stats.copy() for name in modules})
         return solve(modules, plans, stats)
-    walk.solve = noting
+    loop.solve = noting
 
 
 def measured(model, adapter, tensors, tokens, batch_size):
@@ -169,9 +169,9 @@ def measured(model, adapter, tensors, tokens, batch_size):
     source = SimpleNamespace(config=config, tensor=lambda name: tensors[name].detach().clone())
     blocks = for_model(model, adapter) if batch_size == 2 else for_checkpoint(source, adapter)
     writer = Kept()
-    walk = start_blocks(plan, quantizer, blocks, tokens, batch_size, Storage(torch.float32))
-    note_statistics(walk, writer)
-    climb(walk, writer)
+    loop = start_blocks(plan, quantizer, blocks, tokens, batch_size, Storage(torch.float32))
+    note_statistics(loop, writer)
+    run_blocks(loop, writer)
     return writer.stats, writer
 
 

@@ -182,7 +182,7 @@ def _verify(arguments) -> str:
     if arguments.bound is not None and (type(bound) not in (int, float) or not isfinite(bound) or bound <= 0):
         raise UsageError(f"--bound: {arguments.bound!r} is no positive number; give a mean KL divergence such as 1e-4")
     _import_torch()
-    from llmquant.evaluation.proof import verify
+    from llmquant.evaluation.verification import verify
     from llmquant.export.export import REPORT, verdict_writer
     from llmquant.export.report import verdict
     from llmquant.cli.summary import proof_text

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 from ..utils.process import mib
 from ..core.options import Option
-from ..walk.outlier_sizes import digits, reached
+from ..sequential.outlier_channels import digits, reached
 from ..serving.cpu_notes import serving_notes
 
 # %% ../../nbs/cli/summary.ipynb #f465b98b

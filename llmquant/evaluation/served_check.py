@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoint.source import open_checkpoint, read_json
-from ..core.errors import ProofError
+from ..core.errors import VerificationError
 from .kernels import PER_TOKEN, W4A8_PRODUCT
 from ..serving.cpu_notes import W4A8
 from .served_linears import (grid_places, linear_errors, fused_parts, per_token_places, place,
@@ -228,7 +228,7 @@ def attempt(export: Path,                 # folder
     about = {"loaded": served_by, "version": version("vllm"), "device": "cuda" if torch.cuda.is_available() else "cpu",
              "dtype": said.dtype, "kernels": dict(Counter(said.kernels.values())), "attention": said.attention}
     problem = objection(figures, said.dtype)
-    if problem == UNSEEN: raise ProofError(f"not verified: {UNSEEN}")
+    if problem == UNSEEN: raise VerificationError(f"not verified: {UNSEEN}")
     more = {} if problem else {**dropped_scales(config, said), **server_default(export, prompts, answers)}
     warn_of_default(more.get("server_default"), figures)
     if figures.get("worst_linear"): del figures["worst_linear"]
@@ -242,14 +242,14 @@ def check_vllm(export: Path,                 # folder
                quantization: str | None = None,  # vLLM's --quantization
                reference: str | Path | None = None,  # MODEL, to be served when the export fails
                ) -> dict:
-    "The third question; `ProofError` says whose fault it is when vLLM does not compute the reference."
+    "The third question; `VerificationError` says whose fault it is when vLLM does not compute the reference."
     prompts = teacher_tokens(export, read_json(Path(export)/"config.json"))
     found, problem = attempt(export, prompts, dtype, bound, stock, quantization)
     if not problem: return found
-    if reference is None: raise ProofError(f"the export: {problem}")
+    if reference is None: raise VerificationError(f"the export: {problem}")
     text, other = blame(problem, found["dtype"], serve_reference(reference, prompts, found["loaded"] == "stock"))
-    if dtype != "auto" or not other: raise ProofError(text)
+    if dtype != "auto" or not other: raise VerificationError(text)
     logger.info("%s", text)
     again, problem = attempt(export, prompts, other, bound, stock, quantization)
-    if problem: raise ProofError(f"the export: {problem}; the float reference, served in the same way, is right")
+    if problem: raise VerificationError(f"the export: {problem}; the float reference, served in the same way, is right")
     return {**again, "served_again": text}

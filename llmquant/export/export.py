@@ -25,12 +25,12 @@ from ..checkpoint.folders import REPORT
 from ..checkpoint.side_files import AUTO_MAP, CODE, compared_files, config_digest, file_digest, sort_side_files
 from ..checkpoint.source import read_json
 from ..checkpoint.writer import ExportWriter
-from ..core.errors import LLMQuantError, ProofError
+from ..core.errors import LLMQuantError, VerificationError
 from ..core.qtensor import QuantizedWeight, digest, raw_bytes
 from ..core.scheme import dtype_name
 from .report import make_report, to_yaml, verdict
 from ..plan.plan import LayerPlan, Plan
-from ..walk.layer import LayerResult
+from ..sequential.layer import LayerResult
 
 logger = logging.getLogger(__name__)
 
@@ -217,7 +217,7 @@ def draw_suppression(
 def verify_partial(
     writer:ExportWriter,            # Finished, not yet published
     report:dict,                    # As written
-    verify:Callable[[Path], dict],  # Raises `ProofError`
+    verify:Callable[[Path], dict],  # Raises `VerificationError`
 ) -> dict:                          # What the proof found
     "Run the proof, and write what it found into the report."
     found = verify(writer.folder)
@@ -260,5 +260,5 @@ def kept_complete(
         with suppress(OSError): (writer.folder/REPORT).write_text(text, encoding="utf-8")
         if not isinstance(error, Exception): raise
         if not isinstance(error, LLMQuantError): logger.debug("what went wrong", exc_info=error)
-        kind = ProofError if isinstance(error, ProofError) else LLMQuantError
+        kind = VerificationError if isinstance(error, VerificationError) else LLMQuantError
         raise kind(f"{said} (the export is complete and lies in {writer.folder})") from error

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoint.source import CheckpointSource, open_checkpoint, read_json
-from ..walk.activation_grid import simulate
+from ..sequential.activation_quantization import simulate
 from ..core.errors import UsageError, library_errors
 from ..core.format_registry import BaseFormat, FormatRegistry
 from ..core.model_registry import ModelRegistry

@@ -12,7 +12,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from ..core.errors import UsageError
-from ..walk.outlier_sizes import reached
+from ..sequential.outlier_channels import reached
 
 # %% ../../nbs/export/picture.ipynb #604f3c1a
 COLOURS = ("#666666", "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#CC79A7", "#E69F00", "#000000")

@@ -18,7 +18,7 @@ from .. import __version__
 from ..core.scheme import dtype_name
 from ..plan.plan import LayerPlan, Plan
 from ..serving.cpu_notes import serving_notes
-from ..walk.layer import LayerResult
+from ..sequential.layer import LayerResult
 
 # %% ../../nbs/export/report.ipynb #fea45993
 PROCESS_STATUS = "/proc/self/status" # Linux only

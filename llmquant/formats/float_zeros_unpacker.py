@@ -7,7 +7,7 @@ __all__ = ['codes_at', 'unpack_float_zeros']
 
 # %% ../../nbs/formats/float_zeros_unpacker.ipynb #c69d6e0e
 import numpy as np
-from ..core.errors import ProofError
+from ..core.errors import VerificationError
 
 # %% ../../nbs/formats/float_zeros_unpacker.ipynb #9b134eaf
 def codes_at(
@@ -26,10 +26,10 @@ def codes_at(
 _NUMPY = {"I32": "<i4", "I64": "<i8", "F16": "<f2", "F32": "<f4", "BF16": "<u2"}
 
 def _take(tensors:dict, name:str, dtypes:str, shape:tuple) -> np.ndarray:
-    "One tensor; `ProofError` when it is missing or not as the layout has it."
+    "One tensor; `VerificationError` when it is missing or not as the layout has it."
     dtype, found, data = tensors.get(name, ("missing", (), b""))
     if dtype not in dtypes.split() or tuple(found) != shape:
-        raise ProofError(f"{name}: is {dtype} {list(found)}, must be {' or '.join(dtypes.split())} {list(shape)}")
+        raise VerificationError(f"{name}: is {dtype} {list(found)}, must be {' or '.join(dtypes.split())} {list(shape)}")
     return np.frombuffer(data, _NUMPY[dtype]).reshape(shape)
 
 # %% ../../nbs/formats/float_zeros_unpacker.ipynb #fc5fb1c9
@@ -45,7 +45,7 @@ def unpack_float_zeros(
     packed = _take(tensors, f"{layer}.weight_packed", "I32", (rows, -(-columns * bits // 32)))
     shape = _take(tensors, f"{layer}.weight_shape", "I64", (2,))
     if shape.tolist() != [rows, columns]:
-        raise ProofError(f"{layer}.weight_shape: says {shape.tolist()}, must be {[rows, columns]}")
+        raise VerificationError(f"{layer}.weight_shape: says {shape.tolist()}, must be {[rows, columns]}")
     scales = _take(tensors, f"{layer}.weight_scale", "F16 BF16 F32", (rows, groups))
     zeros = _take(tensors, f"{layer}.weight_zero_point", "F32", (rows, groups))
     return codes_at(packed, bits, columns), scales, tensors[f"{layer}.weight_scale"][0], zeros

@@ -13,7 +13,7 @@ import numpy as np
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
-from ..core.errors import ProofError, UsageError
+from ..core.errors import VerificationError, UsageError
 from ..core.names import check_shard
 from .float_zeros_unpacker import unpack_float_zeros
 
@@ -151,11 +151,11 @@ def e4m3_values() -> np.ndarray: # float32 [256]
 _NUMPY = {"I32": "<i4", "I64": "<i8", "F16": "<f2", "F32": "<f4", "BF16": "<u2", "I8": "i1", "F8_E4M3": "u1"}
 
 def _take(tensors:dict, name:str, dtypes:tuple, shape:tuple) -> np.ndarray:
-    "The named tensor as an array; `ProofError` when it is not there or not as it should be."
-    if name not in tensors: raise ProofError(f"{name}: the export has no such tensor")
+    "The named tensor as an array; `VerificationError` when it is not there or not as it should be."
+    if name not in tensors: raise VerificationError(f"{name}: the export has no such tensor")
     dtype, found, data = tensors[name]
     if dtype not in dtypes or tuple(found) != tuple(shape):
-        raise ProofError(f"{name}: is {dtype} {list(found)}, must be {' or '.join(dtypes)} {list(shape)}")
+        raise VerificationError(f"{name}: is {dtype} {list(found)}, must be {' or '.join(dtypes)} {list(shape)}")
     return np.frombuffer(data, dtype=_NUMPY[dtype]).reshape(shape)
 
 # %% ../../nbs/formats/unpackers.ipynb #84ace82b
@@ -175,7 +175,7 @@ def config_group(
     for target in layer, "Linear":
         for group in groups:
             if target in group["targets"]: return group
-    raise ProofError(f"layer {layer}: no group of config_groups is for it")
+    raise VerificationError(f"layer {layer}: no group of config_groups is for it")
 
 def group_weights(
     config:dict, # quantization_config of compressed-tensors
@@ -201,7 +201,7 @@ def _unpack_packed(tensors:dict, layer:str, config:dict, columns:int, rows:int, 
     packed = _take(tensors, f"{layer}.weight_packed", ("I32",), (rows, words(columns)))
     shape = _take(tensors, f"{layer}.weight_shape", ("I64",), (2,))
     if shape.tolist() != [rows, columns]:
-        raise ProofError(f"{layer}.weight_shape: says {shape.tolist()}, must be {[rows, columns]}")
+        raise VerificationError(f"{layer}.weight_shape: says {shape.tolist()}, must be {[rows, columns]}")
     scales = _take(tensors, f"{layer}.weight_scale", _SCALES, (rows, groups))
     codes = stream_codes(packed, stored, columns)
     if symmetric:
@@ -235,7 +235,7 @@ def _unpack_gptq(tensors:dict, layer:str, config:dict, columns:int, rows:int, gr
     scales = _take(tensors, f"{layer}.scales", _SCALES, (groups, rows))
     g_idx = _take(tensors, f"{layer}.g_idx", ("I32",), (columns,))
     if not np.array_equal(g_idx, np.repeat(np.arange(groups), columns // groups)):
-        raise ProofError(f"{layer}.g_idx: inputs are not in the order of their groups")
+        raise VerificationError(f"{layer}.g_idx: inputs are not in the order of their groups")
     missing = 1 if config["checkpoint_format"] == "gptq" else 0
     return Unpacked(stream_codes(packed.T, bits, columns), scales.T, tensors[f"{layer}.scales"].dtype,
                     stream_codes(zeros, bits, rows).T + np.uint8(missing))
@@ -262,7 +262,7 @@ def unpack_layer(
     in_features:int,          # Columns of the weight
     out_features:int,         # Rows of the weight
 ) -> Unpacked:                # Codes, scales, the scales' dtype, zeros
-    "One weight out of an export; `ProofError` when its tensors are not as the layout prescribes."
+    "One weight out of an export; `VerificationError` when its tensors are not as the layout prescribes."
     method, scheme = quantization_config.get("quant_method"), quantization_config.get("llmquant_scheme")
     if method not in _LAYOUTS or scheme is None:
         raise UsageError(f"quantization_config with quant_method {method!r} {'and' if scheme else 'without'} "

@@ -14,7 +14,7 @@ from ..core.qtensor import round_to_grid
 from .model import ModuleSink, set_quantized_config_, plan_model
 from .quant_linear import QuantLinear
 from ..plan.plan import LayerPlan
-from ..walk.layer import LayerResult, check_finite, relative_error
+from ..sequential.layer import LayerResult, check_finite, relative_error
 
 # %% ../../nbs/in_memory/adopt.ipynb #53cee7fc
 MARKS = ("qweight", "scales", "zeros", "bits", "group_size", "quantization_method")

@@ -15,9 +15,9 @@ from ..core.outlier_suppression_registry import is_blockwise
 from .model import ModuleSink
 from ..plan.plan import Plan
 from ..utils.logging import progress
-from ..walk.block_source import compute_dtype, for_model
-from ..walk.decoder_walk import Storage, start_blocks, climb
-from ..walk.layer import with_words
+from ..sequential.block_source import compute_dtype, for_model
+from ..sequential.decoder_loop import Storage, start_blocks, run_blocks
+from ..sequential.layer import with_words
 
 # %% ../../nbs/in_memory/calibrate.ipynb #868a954a
 def calibration_for(
@@ -66,7 +66,7 @@ def calibrate_model(
     walk = start_blocks(plan, quantizer, for_model(model, adapter, dtype), found.tokens, section.get("batch_size", 1), storage,
                  suppressors=suppressors)
     shown, say = with_words(progress, description="quantizing", unit="block", interval=1)
-    climb(walk, sink, None, partial(adapter.smoothing_pairs, model.config.to_dict()), progress=shown,
+    run_blocks(walk, sink, None, partial(adapter.smoothing_pairs, model.config.to_dict()), progress=shown,
           tell=lambda index, results: say(results))
 
 # %% ../../nbs/in_memory/calibrate.ipynb #7d2f0aca

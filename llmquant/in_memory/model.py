@@ -17,7 +17,7 @@ from ..core.model_registry import ModelRegistry
 from ..core.qtensor import QuantizedWeight, digest, raw_bytes
 from .quant_linear import QuantLinear
 from ..plan.plan import LayerPlan, Plan, make_plan
-from ..walk.layer import LayerResult
+from ..sequential.layer import LayerResult
 
 # %% ../../nbs/in_memory/model.ipynb #3de44fae
 class ModelSource:

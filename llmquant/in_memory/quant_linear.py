@@ -9,7 +9,7 @@ __all__ = ['QuantLinear']
 from fastcore.basics import patch
 import torch
 from torch import Tensor, nn
-from ..walk.activation_grid import simulate
+from ..sequential.activation_quantization import simulate
 from ..formats.packing import pack_bits, unpack_bits
 from ..core.qtensor import QuantizedWeight
 

@@ -17,9 +17,9 @@ from .config import read_call, weight_grid
 from .model import ModuleSink, check_model, set_quantized_config_, note_suppression, plan_model
 from .suppress import prepare_model
 from ..utils.logging import progress
-from ..walk.block_flow import flow_of
-from ..walk.layer import with_words
-from ..walk.walk import walk
+from ..sequential.block_flow import flow_of
+from ..sequential.layer import with_words
+from ..sequential.layer_loop import run_layers
 
 # %% ../../nbs/in_memory/quantize.ipynb #91cc8c97
 @torch.no_grad()
@@ -56,6 +56,6 @@ def quantize_model(
             calibrate_model(quantizer, model, adapter, plan, found, sections["calibration"], sink, blockwise)
         else:
             shown, say = with_words(progress, description="quantizing")
-            walk(replace(plan, kept={}), quantizer, source, sink, None, shown, say)
+            run_layers(replace(plan, kept={}), quantizer, source, sink, None, shown, say)
     for suppressor in blockwise: note_suppression(model, suppressor)
     return set_quantized_config_(model, plan)

@@ -26,7 +26,7 @@ from .quant_linear import QuantLinear
 from ..models.text_config import text_config
 from ..plan.plan import (LayerPlan, Plan, export_dtype, fused_table, kept_tensors, nbytes, other_names,
                                 server_notes)
-from ..walk.layer import LayerResult, cast
+from ..sequential.layer import LayerResult, cast
 
 # %% ../../nbs/in_memory/save.ipynb #1703a141
 def plan_of_model(

@@ -22,9 +22,9 @@ from ..core.quantizer_registry import BaseQuantizer
 from .calibrate import calibration_for
 from .model import ModelSource, _names, mark_edited, note_suppression, plan_model
 from ..utils.logging import progress
-from ..walk.block_source import for_model
-from ..walk.decoder_walk import Storage, start_blocks
-from ..walk.equivalence import check_supported, compare_transformed
+from ..sequential.block_source import for_model
+from ..sequential.decoder_loop import Storage, start_blocks
+from ..sequential.equivalence import check_supported, compare_transformed
 
 # %% ../../nbs/in_memory/suppress.ipynb #bfa3b575
 class Originals:

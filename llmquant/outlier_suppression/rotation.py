@@ -18,7 +18,7 @@ from ..core.qtensor import digest
 from .rotations import ROTATION_KINDS, Rotation, group_by_gain, make_blocks, make_rotation
 from ..core.rotation_sites import RotationSites
 from .rotation_edits import chain_edits, norm_gain, residual_edits, value_edits
-from ..walk.equivalence import compare_transformed
+from ..sequential.equivalence import compare_transformed
 
 # %% ../../nbs/outlier_suppression/rotation.ipynb #2b3ccf78
 def is_rotated(

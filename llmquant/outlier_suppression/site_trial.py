@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 import torch
 from torch import Tensor, nn
-from ..walk.block_view import rounded
+from ..sequential.block_view import rounded
 from ..plan.memory import LEAST, SEARCHED
 
 # %% ../../nbs/outlier_suppression/site_trial.ipynb #f1039e26

@@ -20,20 +20,20 @@ from ..calibration.data import CalibrationData, load_calibration, tokens_to_comp
 from ..calibration.own_text import WINDOWS_AT_A_TIME, own_text, window_bytes
 from ..calibration.tokens import window_length
 from ..checkpoint.source import CheckpointSource, checkpoint_fingerprint
-from ..walk.block_source import compute_dtype, for_checkpoint, pick_device
-from ..walk.block_flow import BlockFlow, flow_of
-from ..walk.decoder_walk import Storage, start_blocks, climb
+from ..sequential.block_source import compute_dtype, for_checkpoint, pick_device
+from ..sequential.block_flow import BlockFlow, flow_of
+from ..sequential.decoder_loop import Storage, start_blocks, run_blocks
 from ..core.errors import UsageError
 from ..plan.memory import MemoryNeed, fit, predict, predict_data_free
 from ..utils.process import available, give_back, mib, resident
 from ..plan.memory import LEAST, RANGES, SEARCHED, searching_bytes
 from ..utils.process import tight_memory
-from ..walk.outlier_sizes import model_sizes
+from ..sequential.outlier_channels import model_sizes
 from ..core.outlier_suppression_registry import is_blockwise
 from ..plan.plan import Plan
-from ..walk.equivalence import bare
+from ..sequential.equivalence import bare
 from ..models.text_config import fact
-from ..walk.layer import LayerResult, with_words
+from ..sequential.layer import LayerResult, with_words
 from ..utils.config import Recipe, recipe_to_dict
 from ..utils.logging import progress
 from ..utils.recipe_keys import KEYS
@@ -328,7 +328,7 @@ def calibrated_carry(
     def tell(index, results):
         log_layers(results)
         say(results)
-    results = climb(walk, sink, source, partial(adapter.smoothing_pairs, source.config), journal, shown, tell)
+    results = run_blocks(walk, sink, source, partial(adapter.smoothing_pairs, source.config), journal, shown, tell)
     tell_report(facts, walk, data, need, journal)
     warn_of_few(results)
     return results
@@ -347,7 +347,7 @@ def warn_of_few(
 # %% ../../nbs/pipeline/calibrated.ipynb #abdab5ac
 def tell_report(
     facts:dict,           # For the report; receives more
-    walk,                 # The `BlockWalk` that ran
+    walk,                 # The `BlockLoop` that ran
     data:CalibrationData, # The calibration text
     need:MemoryNeed,      # The predicted peak
     journal:RunJournal,   # Of the run
@@ -363,7 +363,7 @@ def tell_report(
 
 def tell_suppression(
     facts:dict,           # For the report
-    walk,                 # The `BlockWalk` that ran
+    walk,                 # The `BlockLoop` that ran
     data:CalibrationData, # The calibration text
 ) -> dict:
     "What block by block suppressors did, beside what the report says of others."

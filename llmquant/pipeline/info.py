@@ -26,7 +26,7 @@ def count_parameters(
     packed = [n for n in source.tensors if n.rpartition(".")[2] in PACKED_NAMES]
     plain = sum(prod(i.shape) for n, i in source.tensors.items() if n not in packed)
     if not packed: return plain
-    from llmquant.evaluation.proof_config import read_report # of exports, which a run does not read
+    from llmquant.evaluation.verification_config import read_report # of exports, which a run does not read
     try: layers = read_report(source.path)["layers"]
     except UsageError: return None # none, or damaged: verify says how
     bytewise = sum(prod(i.shape) for n, i in source.tensors.items() if n.removesuffix(".weight") in layers)

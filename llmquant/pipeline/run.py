@@ -34,10 +34,10 @@ from ..plan.plan import Plan, make_plan, nbytes
 from ..utils.config import Recipe, recipe_to_dict, resolve
 from ..utils.logging import progress, quieted
 from ..utils.process import tight_memory
-from ..walk.block_source import pick_device
-from ..walk.equivalence import bare, compare_transformed, transformed
-from ..walk.layer import with_words
-from ..walk.walk import walk
+from ..sequential.block_source import pick_device
+from ..sequential.equivalence import bare, compare_transformed, transformed
+from ..sequential.layer import with_words
+from ..sequential.layer_loop import run_layers
 
 logger = logging.getLogger(__name__)
 
@@ -222,7 +222,7 @@ def _run(recipe:Recipe) -> dict:
                                       data, need, flow)
         else:
             shown, tell = with_words(progress, description="quantizing", unit="tensor")
-            carry, more = partial(walk, plan, quantizer, source, device=device, progress=shown, tell=tell), {}
+            carry, more = partial(run_layers, plan, quantizer, source, device=device, progress=shown, tell=tell), {}
             shared["facts"]["memory"] = {"predicted_peak_mib": -(-need.peak >> 20)}
         promises_step = bool(plan.schemes) and not suppressors and all(map(quantizer.promises_step, plan.schemes))
         return write_export(plan, adapter, carry, promises_step, source.config,
@@ -249,7 +249,7 @@ def require_vllm():
 def _prover(recipe:Recipe, original:CheckpointSource):
     "The proof to run on the finished folder, or None when nobody asked."
     if not recipe.verify: return None
-    from llmquant.evaluation.proof import verify
+    from llmquant.evaluation.verification import verify
     return partial(verify, reference=original.origin, require_vllm=True)
 
 # %% ../../nbs/pipeline/run.ipynb #d0edceed

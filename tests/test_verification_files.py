@@ -13,8 +13,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from llmquant.cli.main import main
-from llmquant.core.errors import ProofError, UsageError
-from llmquant.evaluation import proof, served_check
+from llmquant.core.errors import UsageError, VerificationError
+from llmquant.evaluation import verification, served_check
 from llmquant.evaluation.vllm_check import Answer
 from llmquant.export.loading import load
 from llmquant.formats.unpackers import read_safetensors
@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_vllm(monkeypatch):
-    monkeypatch.setattr(proof, "vllm_installed", lambda: False)
+    monkeypatch.setattr(verification, "vllm_installed", lambda: False)
 
 
 def edited(export, target, name="config.json", edit=lambda values: None, text=None):
@@ -56,7 +56,7 @@ def edited(export, target, name="config.json", edit=lambda values: None, text=No
 
 def message(error, export, reference=None):
     "The one sentence that `verify` raises."
-    with pytest.raises(error) as caught: proof.verify(export, reference)
+    with pytest.raises(error) as caught: verification.verify(export, reference)
     text = str(caught.value)
     assert type(caught.value) is error and "\n" not in text
     return text
@@ -70,7 +70,7 @@ def inner(config, key):
 
 @pytest.mark.parametrize("name", EXPORTS)
 def test_good_exports_pass(name, folder):
-    found = proof.verify(folder/name, folder/"base")
+    found = verification.verify(folder/name, folder/"base")
     assert found["files"]["layers"] == (0 if name == "plain" else 14)
     assert found["files"]["float_tensors"] == (21 if name == "plain" else 7)
 
@@ -84,25 +84,25 @@ def test_config_of_another_model(name, key, value, folder, tmp_path):
     was = json.dumps(theirs[key]) if key in theirs else "absent"
     expected = (f"config.json: {key} is {json.dumps(value)} in the export and {was} in the reference; give the checkpoint "
                 "that the export was made from")
-    assert message(ProofError, export, folder/"base") == expected
+    assert message(VerificationError, export, folder/"base") == expected
 
 
 def test_config_lacks_a_key_or_differs_below(folder, tmp_path):
     export = edited(folder/"awq", tmp_path/"a", edit=lambda config: config.pop("rope_parameters"))
-    assert "rope_parameters is absent in the export" in message(ProofError, export, folder/"base")
+    assert "rope_parameters is absent in the export" in message(VerificationError, export, folder/"base")
     export = edited(folder/"awq", tmp_path/"b", edit=lambda config: config["rope_parameters"].update(rope_theta=5.0))
-    assert "rope_parameters.rope_theta is 5.0 in" in message(ProofError, export, folder/"base")
+    assert "rope_parameters.rope_theta is 5.0 in" in message(VerificationError, export, folder/"base")
 
 
 def test_config_keys_that_may_differ(folder, tmp_path):
     "What transformers notes about itself; in an export of old, without digests of files, the dtype as well."
     notes = dict(_name_or_path="x", transformers_version="1")
     export = edited(folder/"awq", tmp_path/"a", edit=lambda config: config.update(notes))
-    assert proof.verify(export, folder/"base")["files"]["layers"] == 14
+    assert verification.verify(export, folder/"base")["files"]["layers"] == 14
     export = edited(folder/"awq", tmp_path/"b", edit=lambda config: config.update(dtype="bfloat16"))
-    for reference in (None, folder/"base"): assert "config.json: changed" in message(ProofError, export, reference)
+    for reference in (None, folder/"base"): assert "config.json: changed" in message(VerificationError, export, reference)
     export = edited(export, tmp_path/"c", REPORT, lambda report: report["proof"].pop("side_files"))
-    found = proof.verify(export, folder/"base")["files"]
+    found = verification.verify(export, folder/"base")["files"]
     assert found["layers"] == 14 and "holds no digests" in found["side_files"]
 
 
@@ -129,7 +129,7 @@ def test_the_report_has_a_digest_of_each_file(with_files):
     assert set(known) == {*spelled} - {REPORT, "README.md"} and len(known) >= 7
     for name in {*known} - {"config.json"}:
         assert known[name] == hashlib.sha256(spelled[name].read_bytes()).hexdigest()
-    assert proof.verify(export)["files"]["side_files"] == len(known)
+    assert verification.verify(export)["files"]["side_files"] == len(known)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json",
@@ -140,9 +140,9 @@ def test_files_beside_the_weights_that_changed_or_went(name, with_files, tmp_pat
     base = with_files.parent/"with_files_base"
     with open(export/name, "ab") as file: file.write(b" ")
     for reference in (None, base):
-        assert message(ProofError, export, reference).startswith(f"{shown}: changed since the export was written")
+        assert message(VerificationError, export, reference).startswith(f"{shown}: changed since the export was written")
     (export/name).unlink()
-    assert message(ProofError, export).startswith(f"{shown}: missing, and written with the export")
+    assert message(VerificationError, export).startswith(f"{shown}: missing, and written with the export")
     assert main(["verify", str(export), "--reference", str(base)]) == 1
     assert f"{shown}: missing" in capsys.readouterr().err
 
@@ -150,8 +150,8 @@ def test_files_beside_the_weights_that_changed_or_went(name, with_files, tmp_pat
 def test_while_a_run_still_has_its_journal(with_files, tmp_path, monkeypatch):
     "A verification before the folder gets its name counts the same files, and no others."
     monkeypatch.setattr("llmquant.pipeline.run.require_vllm", lambda: None)
-    monkeypatch.setattr(proof, "vllm_installed", lambda: True)
-    monkeypatch.setattr(proof, "check_vllm", lambda export, *_: {"journal": (export/"journal").is_dir()})
+    monkeypatch.setattr(verification, "vllm_installed", lambda: True)
+    monkeypatch.setattr(verification, "check_vllm", lambda export, *_: {"journal": (export/"journal").is_dir()})
     text = {"calibration.num_samples": 2, "calibration.max_length": 32}
     report = quantize(with_files.parent/"with_files_base", tmp_path/"out", method="gptq", bits=4, group_size=32,
                       verify=True, **text)
@@ -166,8 +166,8 @@ def test_values_of_config_json_that_changed(change, with_files, tmp_path):
     "Without a reference; another layout of the same values is the same."
     same = edited(with_files, tmp_path/"same")
     assert (same/"config.json").read_bytes() != (with_files/"config.json").read_bytes()
-    assert proof.verify(same)["files"]["layers"] == 14
-    assert message(ProofError, edited(same, tmp_path/"e", edit=change)).startswith("config.json: changed since")
+    assert verification.verify(same)["files"]["layers"] == 14
+    assert message(VerificationError, edited(same, tmp_path/"e", edit=change)).startswith("config.json: changed since")
 
 
 def test_exports_without_digests_of_files_and_files_added_later(with_files, tmp_path, capsys):
@@ -179,9 +179,9 @@ def test_exports_without_digests_of_files_and_files_added_later(with_files, tmp_
     assert len(lines) == 1 and "not compared, the report of this older export holds no digests" in lines[0]
     more = shutil.copytree(with_files, tmp_path/"more")
     (more/"README.md").write_text("# Edited")
-    assert "added_later" not in proof.verify(more)["files"]
+    assert "added_later" not in verification.verify(more)["files"]
     (more/"added.jinja").write_text("{{ 1 }}")
-    assert proof.verify(more)["files"]["added_later"] == ["added.jinja"]
+    assert verification.verify(more)["files"]["added_later"] == ["added.jinja"]
 
 
 @pytest.mark.parametrize("name", ["compressed_tensors", "awq", "gptq"])
@@ -198,19 +198,19 @@ def test_quantization_config_against_tensors_and_report(name, folder, tmp_path):
                            (method, "quantization_config.llmquant_method is"),
                            (ignore, f"layer {LAYER}: is quantized, and config.json says that it was left in float")):
         export = edited(folder/name, tmp_path/edit.__name__, edit=edit)
-        for reference in (None, folder/"base"): assert expected in message(ProofError, export, reference)
+        for reference in (None, folder/"base"): assert expected in message(VerificationError, export, reference)
 
 
 def test_group_size_of_whole_rows(folder, tmp_path):
     def edit(config): inner(config, "group_size").update(group_size=32, strategy="group")
-    assert "says group_size 32" in message(ProofError, edited(folder/"channel", tmp_path/"e", edit=edit))
+    assert "says group_size 32" in message(VerificationError, edited(folder/"channel", tmp_path/"e", edit=edit))
 
 
 def test_layers_in_the_files_and_in_the_report(folder, tmp_path):
     def edit(report):
         for part in (report["layers"], report["proof"]["digests"]): del part[LAYER]
     export = edited(folder/"awq", tmp_path/"e", REPORT, edit)
-    assert f"layer {LAYER}: is quantized in the files or in the report" in message(ProofError, export)
+    assert f"layer {LAYER}: is quantized in the files or in the report" in message(VerificationError, export)
 
 
 def test_wrong_references(folder, tmp_path):
@@ -223,13 +223,13 @@ def test_wrong_references(folder, tmp_path):
     weight, norm = f"{LAYER}.weight", "model.norm.weight"
     for i, name in enumerate((weight, norm)):
         gone = reference(f"gone{i}", lambda t, name=name: t.pop(name))
-        assert f"tensor {name}: the reference has none" in message(ProofError, folder/"awq", gone)
+        assert f"tensor {name}: the reference has none" in message(VerificationError, folder/"awq", gone)
         other = reference(f"other{i}", lambda t, name=name: t.update({name: torch.zeros(3, 5)}))
-        assert f"tensor {name}: is " in message(ProofError, folder/"awq", other)
+        assert f"tensor {name}: is " in message(VerificationError, folder/"awq", other)
     more = reference("more", lambda t: t.update(more=torch.zeros(2)))
-    assert "tensor more: is not in the export" in message(ProofError, folder/"awq", more)
+    assert "tensor more: is not in the export" in message(VerificationError, folder/"awq", more)
     wrong = tiny.make("qwen3", tmp_path/"qwen3")
-    assert "config.json: " in message(ProofError, folder/"awq", wrong)
+    assert "config.json: " in message(VerificationError, folder/"awq", wrong)
 
 
 @pytest.mark.parametrize("text", ["", "a: [", "- 1", "proof: 3", "proof: {digests: 3}", "\x00", "a: &a [*a]",
@@ -283,7 +283,7 @@ def test_an_index_that_leads_elsewhere(shard, expected, folder, tmp_path):
     shutil.copy(tmp_path/"away.safetensors", export/"in.safetensors")
     index = export/"model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": dict.fromkeys(load_file(export/"in.safetensors"), "in.safetensors")}))
-    assert proof.verify(export, folder/"base")["files"]["layers"] == 14
+    assert verification.verify(export, folder/"base")["files"]["layers"] == 14
 
 
 def test_headers_are_limited(folder, tmp_path):
@@ -331,12 +331,12 @@ def test_paths_that_are_no_export(folder, tmp_path):
 
 def test_messages_never_name_the_partial_folder(folder, tmp_path, monkeypatch):
     partial = shutil.copytree(folder/"awq", tmp_path/"out.partial-123")
-    monkeypatch.setattr(proof, "vllm_installed", lambda: True)
+    monkeypatch.setattr(verification, "vllm_installed", lambda: True)
     refusal = Answer(error=f"OSError: cannot read {partial}/x")
     monkeypatch.setattr(served_check, "ask_vllm_many", lambda jobs, stock: [refusal] * len(jobs))
     refused = "vLLM cannot serve it (OSError: cannot read the export/x)"
-    assert message(ProofError, partial) == f"the export: {refused}"
-    found = message(ProofError, partial, folder/"base")   # the float reference is refused in the same words
+    assert message(VerificationError, partial) == f"the export: {refused}"
+    found = message(VerificationError, partial, folder/"base")   # the float reference is refused in the same words
     assert found == ("the server: the float reference, served in the same way, is not right either: "
                      f"{refused}; the export is not to blame ({refused}); no dtype is right here, so verify elsewhere")
     (partial/"config.json").write_text("{")
@@ -345,20 +345,20 @@ def test_messages_never_name_the_partial_folder(folder, tmp_path, monkeypatch):
 
 def test_a_failed_proof_of_the_pipeline(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("llmquant.pipeline.run.require_vllm", lambda: None)
-    with pytest.raises(ProofError, match="^the export: its files are right, but there is no vLLM here"):
+    with pytest.raises(VerificationError, match="^the export: its files are right, but there is no vLLM here"):
         quantize(folder/"base", tmp_path/"out", bits=4, group_size=32, verify=True)
     assert sorted(path.name for path in Path(tmp_path).iterdir()) == ["out.failed"]
 
 
 @pytest.mark.parametrize("error", [UsageError("no norm"), RuntimeError("a bug\nof two lines"), OSError(5, "gone"),
-                                   KeyboardInterrupt(2), ProofError("too far"), MemoryError()],
+                                   KeyboardInterrupt(2), VerificationError("too far"), MemoryError()],
                          ids=lambda error: type(error).__name__)
 def test_whatever_ends_a_verification_the_export_stays(error, folder, tmp_path, monkeypatch, capsys):
     "It is complete: it lies under OUT.failed with the reason, the old one is where it was, and the exit status is 1."
     def fails(*_, **__): raise type(error)(*error.args)
-    verify = proof.verify
+    verify = verification.verify
     monkeypatch.setattr("llmquant.pipeline.run.require_vllm", lambda: None)
-    monkeypatch.setattr(proof, "verify", fails)
+    monkeypatch.setattr(verification, "verify", fails)
     out = shutil.copytree(folder/"awq", tmp_path/"out")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     status = main(["--model-path", str(folder/"base"), "--output-path", str(out), "--bits", "4", "--group-size", "32",
