@@ -88,7 +88,7 @@ def forced_logits(model,                     # a transformers model
 def divergences(logits: list[torch.Tensor],  # of the reference, from `forced_logits`
                 said: Answer,                # vLLM's
                 ) -> tuple[torch.Tensor, torch.Tensor]:  # [positions] float64 KL, [positions] bool same top token
-    "KL(reference || vLLM) and agreement at all positions."
+    "The KL divergence KL(reference || vLLM), and agreement, at all positions."
     answers = zip(map(torch.from_numpy, said.ids), map(torch.from_numpy, said.logprobs), strict=True)
     tables = [(own, ids, logprobs) for own, (ids, logprobs) in zip(logits, answers, strict=True)]
     same = [own.argmax(-1) == ids[:, 0] for own, ids, _ in tables]
