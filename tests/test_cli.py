@@ -12,9 +12,10 @@ import yaml
 
 import llmquant
 from llmquant.cli import main as cli
-from llmquant.core.errors import UsageError, VerificationError
+from llmquant.core.errors import LLMQuantError, UsageError, VerificationError
 from llmquant.core.options import SYMMETRIC, Option
 from llmquant.core.quantizer_registry import BaseQuantizer, QuantizerRegistry
+from llmquant.core.scheme import QuantScheme
 from llmquant.utils.config import recipe_to_dict, resolve
 from llmquant.utils.recipe_keys import KEYS
 
@@ -460,6 +461,32 @@ def test_verify_writes_what_it_found_into_the_report(tmp_path, monkeypatch, caps
     said = capsys.readouterr().out
     assert "vllm.kernels.x.y" in said and said.endswith("\nnot written into quantization_report.yaml\n")
     assert file.read_text() == "another"
+
+
+@pytest.mark.parametrize("error", [VerificationError("layer a: moved"), UsageError("shard 1: is no safetensors file"),
+                                   LLMQuantError("vLLM ended with status 1")], ids=["proof", "usage", "other"])
+def test_a_failed_verification_replaces_an_earlier_verdict(error, tmp_path, monkeypatch, capsys):
+    "Of a damaged report, and where the reference cannot be opened, not a byte changes."
+    file, model = tmp_path/"quantization_report.yaml", tiny.make("llama", tmp_path/"base")
+    layers = {"a": {"shape": [8, 8], "scheme": "W4 g8"}}
+    proof = {"digests": {"a": "5f"}, "promises_step": True, "files": {"layers": 1}, "vllm": {"mean_kl": 2e-6}}
+    old = {"llmquant": "1", "verdict": "verified: files", "layers": layers,
+           "scheme": QuantScheme(4, group_size=8).to_dict(), "proof": proof}
+    file.write_text(yaml.safe_dump(old))
+
+    def fails(*_, **__): raise error
+    monkeypatch.setattr("llmquant.evaluation.verification.verify", fails)
+    before = file.read_bytes()
+    assert cli.main(["verify", str(tmp_path), "--reference", str(tmp_path/"missing")]) == error.exit_status
+    assert file.read_bytes() == before
+    assert cli.main(["verify", str(tmp_path), "--reference", str(model)]) == error.exit_status
+    assert capsys.readouterr().err.count(f"llmquant: error: {error}") == 2
+    own = {"digests": proof["digests"], "promises_step": True}
+    assert yaml.safe_load(file.read_text()) == old | {"verdict": f"failed: {error}", "proof": own}
+    file.write_text("llmquant: 1\nverdict: verified\nproof: 3\n")
+    before = file.read_bytes()
+    assert cli.main(["verify", str(tmp_path), "--reference", str(model)]) == error.exit_status
+    assert file.read_bytes() == before
 
 
 @pytest.mark.parametrize("text", ["output={quiet: true}", "calibration={num_samples: 4}", "quantization={bits: 3}"])

@@ -176,6 +176,18 @@ def _info(arguments) -> str:
     return info_text(info(arguments.path))
 
 # %% ../../nbs/cli/main.ipynb #52777a5c
+def _concerns_export(
+    arguments:argparse.Namespace, # Of `verify`, which failed
+) -> bool:
+    "Whether the error is about the export: its report is whole, and the reference can be opened."
+    from llmquant.checkpoint.source import open_checkpoint
+    from llmquant.evaluation.verification_config import read_report
+    try:
+        read_report(Path(arguments.export).expanduser())
+        open_checkpoint(arguments.reference).close()
+    except LLMQuantError: return False
+    return True
+
 def _verify(arguments) -> str:
     "Prove an export: its bits against what was computed, its logits in vLLM against the dequantized model."
     bound = None if arguments.bound is None else parse_yaml(arguments.bound, "--bound")[0]
@@ -187,8 +199,11 @@ def _verify(arguments) -> str:
     from llmquant.export.report import verdict
     from llmquant.cli.summary import proof_text
     put = verdict_writer(Path(arguments.export).expanduser())
-    found = verify(Path(arguments.export), arguments.reference, bound=bound, stock=arguments.stock or None,
-                   require_vllm=arguments.stock or bound is not None)
+    try: found = verify(Path(arguments.export), arguments.reference, bound=bound, stock=arguments.stock or None,
+                        require_vllm=arguments.stock or bound is not None)
+    except LLMQuantError as error:
+        if _concerns_export(arguments): put(error)
+        raise
     where = f"{'' if put(found) else 'not '}written into {REPORT}"
     return "" if arguments.quiet else f"{verdict(found)}\n{proof_text(found, arguments.verbose)}{where}\n"
 

@@ -28,7 +28,7 @@ from ..checkpoint.writer import ExportWriter
 from ..core.errors import LLMQuantError, VerificationError
 from ..core.qtensor import QuantizedWeight, digest, raw_bytes
 from ..core.scheme import dtype_name
-from .report import make_report, to_yaml, verdict
+from .report import make_report, to_yaml, verdict, with_verdict
 from ..plan.plan import LayerPlan, Plan
 from ..sequential.layer import LayerResult
 
@@ -221,22 +221,21 @@ def verify_partial(
 ) -> dict:                          # What the proof found
     "Run the proof, and write what it found into the report."
     found = verify(writer.folder)
-    writer.write_text(REPORT, to_yaml({**report, "verdict": verdict(found), "proof": {**report["proof"], **found}}))
+    writer.write_text(REPORT, to_yaml(with_verdict(report, found)))
     return found
 
 # %% ../../nbs/export/export.ipynb #596cda4b
 def verdict_writer(
     folder:Path, # A published export that is about to be verified
-) -> Callable:   # Takes what `verify` found, and says whether the report has it now
-    "Lets the report say what a later verification found; one that has changed meanwhile is left alone."
+) -> Callable:   # Takes what `verify` found or why it failed, and returns whether the report has it now
+    "Lets the report say how a later verification ended; one that has changed meanwhile is left alone."
     file, fresh, before = Path(folder)/REPORT, Path(folder)/f".{REPORT}.{os.getpid()}", None
     with suppress(OSError, ValueError): before = file.read_bytes()
-    def put(found:Mapping[str, Any]) -> bool:
+    def put(found:Mapping[str, Any]|Exception) -> bool:
         try:
             if file.read_bytes() != before: return False
             report = yaml.load(before, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-            text = to_yaml({**report, "verdict": verdict(found), "proof": {**report["proof"], **found}})
-            fresh.write_text(text, encoding="utf-8")
+            fresh.write_text(to_yaml(with_verdict(report, found)), encoding="utf-8")
             os.replace(fresh, file)
         except OSError: return False
         finally:
