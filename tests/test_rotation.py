@@ -256,6 +256,6 @@ def test_what_is_transformed_is_a_checkpoint(tmp_path):
     with CheckpointSource(path) as source:
         view = RotationSuppressor().configure({}).transform(source, adapter)
         plain, rotated = (adapter.linear_sites(s.config, shapes_of(s)) for s in (source, view))
-    assert [s.name for s in plain if s.quantize] == [s.name for s in turned if s.quantize]
-    assert [s.reason for s in turned if s.name == "lm_head"] == ["output head"]
+    assert [s.name for s in plain if s.quantize] == [s.name for s in rotated if s.quantize]
+    assert [s.reason for s in rotated if s.name == "lm_head"] == ["output head"]
     assert set(view.tensors) - set(source.tensors) == {"lm_head.weight"} and source.config["tie_word_embeddings"]

@@ -48,11 +48,11 @@ _GROUPS = 32, 64, 128
 
 @patch
 def objection(self:AWQFormat,
-    scheme:QuantScheme, # The weight's grid
+    scheme:QuantScheme, # The weight's quantization scheme
     out_features:int,   # N
     in_features:int,    # K
 ) -> str:               # "" when vLLM loads it, else why not and what to use instead
-    "Why vLLM would not load a layer of this shape on this grid."
+    "Why vLLM would not load a layer of this shape in this scheme."
     if said := weights_only_objection(scheme, self.name): return said
     if scheme.float_zeros: return "this layout has no place for float zero points; use format float_zeros or auto"
     if scheme.bits != 4: return f"vLLM reads awq at 4 bits only, not {scheme.bits}; use format compressed_tensors"
@@ -71,7 +71,7 @@ def layout(self:AWQFormat,
     layer:str,          # Module name
     out_features:int,   # N
     in_features:int,    # K
-    scheme:QuantScheme, # The weight's grid
+    scheme:QuantScheme, # The weight's quantization scheme
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]: # Tensor name to dtype and shape
     "What `pack` will return, without the values."
     groups = scheme.groups(in_features)
@@ -85,7 +85,7 @@ def layout(self:AWQFormat,
 def pack(self:AWQFormat,
     layer:str,              # Module name
     weight:QuantizedWeight, # What the quantizer made
-) -> dict[str, Tensor]:     # Tensor name to tensor, as `layout` says
+) -> dict[str, Tensor]:     # Tensor name to tensor, as in `layout`
     "The tensors that a file holds for one weight."
     tensors = {"qweight": pack_interleaved(weight.codes.T), "qzeros": pack_interleaved(weight.zeros.T),
                "scales": weight.scales.T}
@@ -95,7 +95,7 @@ def pack(self:AWQFormat,
 def unpack(self:AWQFormat,
     layer:str,                  # Module name
     tensors:Mapping[str, Tensor], # Tensor name to tensor
-    scheme:QuantScheme,         # The grid that was packed
+    scheme:QuantScheme,         # The scheme that was packed
     in_features:int,            # K
 ) -> QuantizedWeight:           # What was packed
     "The inverse of `pack`."
@@ -106,7 +106,7 @@ def unpack(self:AWQFormat,
 # %% ../../nbs/formats/awq.ipynb #8204e176
 @patch
 def quantization_config(self:AWQFormat,
-    scheme:QuantScheme,   # The grid of all quantized layers
+    scheme:QuantScheme,   # The scheme of all quantized layers
     quantized:list[str],  # Full names of quantized modules
     ignored:list[str],    # Full names of Linear modules left in float
     method:str,           # The llmquant method that made the codes

@@ -16,13 +16,13 @@ from ..core.scheme import QuantScheme, dtype_name
 
 # %% ../../nbs/formats/byte_codes.ipynb #6f1ebfe6
 def takes_bytes(
-    scheme:QuantScheme, # A layer's grid
+    scheme:QuantScheme, # A layer's quantization scheme
 ) -> bool:
     "Whether its codes are multiplied as they are, and so get a byte each."
     return scheme.activations is not None or scheme.type == "float"
 
 def layout_name(
-    scheme:QuantScheme, # A layer's grid
+    scheme:QuantScheme, # A layer's quantization scheme
 ) -> str:               # In the words of compressed-tensors
     "The layout that holds it."
     return f"{scheme.type}-quantized" if takes_bytes(scheme) else "pack-quantized"
@@ -33,7 +33,7 @@ def byte_objection(
     out_features:int,   # N
     in_features:int,    # K
 ) -> str:               # "" when vLLM serves it, else why not and what to use instead
-    "Why vLLM would not multiply a layer of this shape on this grid."
+    "Why vLLM would not multiply a layer of this shape in this scheme."
     inputs = scheme.activations
     if inputs is None: return "FP8 weights are served with FP8 activations; use activations of type float"
     if scheme.bits != 8 or inputs.bits != 8:
@@ -50,7 +50,7 @@ def byte_objection(
 
 # %% ../../nbs/formats/byte_codes.ipynb #060b4c7c
 def weights_only_objection(
-    scheme:QuantScheme, # A layer's grid
+    scheme:QuantScheme, # A layer's quantization scheme
     name:str,           # The format that has no place for more
 ) -> str:               # "" when it has no need of it
     "Why a layout for weights alone does not hold this layer."
@@ -77,9 +77,9 @@ def byte_layout(
 # %% ../../nbs/formats/byte_codes.ipynb #4feb2641
 def pack_bytes(
     layer:str,              # Module name
-    weight:QuantizedWeight, # What the quantizer made, with the grid of the inputs where that is static
-) -> dict[str, Tensor]:     # Tensor name to tensor, as `byte_layout` says
-    "The tensors that a file holds for one weight; `UsageError` when a static grid is missing."
+    weight:QuantizedWeight, # What the quantizer made, with the scale of the inputs where that is static
+) -> dict[str, Tensor]:     # Tensor name to tensor, as in `byte_layout`
+    "The tensors that a file holds for one weight; `UsageError` when a static scale is missing."
     floats = weight.scheme.type == "float"
     found = {"weight": weight.codes.view(torch.float8_e4m3fn) if floats else (weight.codes ^ 0x80).view(torch.int8),
              "weight_scale": weight.scales.float(), "input_scale": weight.input_scale,
@@ -94,7 +94,7 @@ def pack_bytes(
 def unpack_bytes(
     layer:str,                    # Module name
     tensors:Mapping[str, Tensor], # Tensor name to tensor
-    scheme:QuantScheme,           # The grid that was packed
+    scheme:QuantScheme,           # The scheme that was packed
 ) -> QuantizedWeight:             # What was packed
     "The inverse of `pack_bytes`."
     part = lambda name: tensors.get(f"{layer}.{name}")
@@ -107,14 +107,14 @@ def unpack_bytes(
 
 # %% ../../nbs/formats/byte_codes.ipynb #f8461ddb
 def weight_words(
-    scheme:QuantScheme, # A layer's grid
+    scheme:QuantScheme, # A layer's quantization scheme
 ) -> dict:              # The section `weights` of one of `config_groups`
     "The weights, as compressed-tensors describes them."
     return {"num_bits": scheme.bits, "type": scheme.type, "strategy": "channel", "group_size": None,
             "symmetric": scheme.symmetric, "dynamic": False}
 
 def activation_words(
-    scheme:QuantScheme, # A layer's grid
+    scheme:QuantScheme, # A layer's quantization scheme
 ) -> dict|None:         # The section `input_activations`
     "The inputs, as compressed-tensors describes them."
     inputs = scheme.activations

@@ -28,18 +28,18 @@ class CompressedTensorsFormat(BaseFormat):
     containers = ("auto", "dense", "int4")
 
     def dense(self) -> "CompressedTensorsFormat":
-        "The layout whose codes lie end to end, whatever vLLM says to it: to know what a container costs."
+        "The layout whose codes lie end to end, whether vLLM loads it or not: to compute what a container costs."
         return type(self)("dense")
 
     def stored_bits(self,
-        scheme:QuantScheme, # The weight's grid
+        scheme:QuantScheme, # The weight's quantization scheme
     ) -> int:               # Bits that a code takes in the file
         "The width of a code on disk: 4 in the int4 container."
         if scheme.bits >= 4 or self.container == "dense": return scheme.bits
         return 4 if self.container == "int4" or not scheme.symmetric else scheme.bits
 
     def code_shift(self,
-        scheme:QuantScheme, # The weight's grid
+        scheme:QuantScheme, # The weight's quantization scheme
     ) -> int:               # What is added to a code on its way into the file
         "How far symmetric codes move so that the container's understood zero is theirs."
         return 2**(self.stored_bits(scheme) - 1) - scheme.middle if scheme.symmetric else 0
@@ -47,11 +47,11 @@ class CompressedTensorsFormat(BaseFormat):
 # %% ../../nbs/formats/compressed_tensors.ipynb #73ab9236
 @patch
 def objection(self:CompressedTensorsFormat,
-    scheme:QuantScheme, # The weight's grid
+    scheme:QuantScheme, # The weight's quantization scheme
     out_features:int,   # N
     in_features:int,    # K
 ) -> str:               # "" when vLLM loads it, else why not and what to use instead
-    "Why vLLM would not load a layer of this shape on this grid."
+    "Why vLLM would not load a layer of this shape in this scheme."
     if scheme.float_zeros: return "this layout has no place for float zero points; use format float_zeros or auto"
     if takes_bytes(scheme): return byte_objection(scheme, out_features, in_features)
     bits, stored = scheme.bits, self.stored_bits(scheme)
@@ -72,9 +72,9 @@ def objection(self:CompressedTensorsFormat,
 # %% ../../nbs/formats/compressed_tensors.ipynb #9efb59e9
 @patch
 def whole_objection(self:CompressedTensorsFormat,
-    schemes:Collection[QuantScheme], # All grids of an export
+    schemes:Collection[QuantScheme], # All schemes of an export
 ) -> str:                            # "" when vLLM loads it, else why not and what to use instead
-    "Why vLLM would not load an export with these grids in it."
+    "Why vLLM would not load an export with these schemes in it."
     widths = sorted({s.bits for s in schemes})
     if self.container != "int4" or not widths or min(widths) < 4: return ""
     return f"container int4 is for 2- and 3-bit codes, not {', '.join(map(str, widths))}; use container auto"
@@ -85,7 +85,7 @@ def layout(self:CompressedTensorsFormat,
     layer:str,          # Module name
     out_features:int,   # N
     in_features:int,    # K
-    scheme:QuantScheme, # The weight's grid
+    scheme:QuantScheme, # The weight's quantization scheme
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]: # Tensor name to dtype and shape
     "What `pack` will return, without the values."
     if takes_bytes(scheme): return byte_layout(layer, out_features, in_features, scheme)
@@ -101,7 +101,7 @@ def layout(self:CompressedTensorsFormat,
 def pack(self:CompressedTensorsFormat,
     layer:str,              # Module name
     weight:QuantizedWeight, # What the quantizer made
-) -> dict[str, Tensor]:     # Tensor name to tensor, as `layout` says
+) -> dict[str, Tensor]:     # Tensor name to tensor, as in `layout`
     "The tensors that a file holds for one weight."
     if takes_bytes(weight.scheme): return pack_bytes(layer, weight)
     scheme, stored = weight.scheme, self.stored_bits(weight.scheme)
@@ -118,7 +118,7 @@ def pack(self:CompressedTensorsFormat,
 def unpack(self:CompressedTensorsFormat,
     layer:str,                  # Module name
     tensors:Mapping[str, Tensor], # Tensor name to tensor
-    scheme:QuantScheme,         # The grid that was packed
+    scheme:QuantScheme,         # The scheme that was packed
     in_features:int,            # K
 ) -> QuantizedWeight:           # What was packed
     "The inverse of `pack`."
@@ -133,7 +133,7 @@ def unpack(self:CompressedTensorsFormat,
 # %% ../../nbs/formats/compressed_tensors.ipynb #e63216ab
 def _config_group(
     targets:list[str],  # Names of modules, or of their class
-    scheme:QuantScheme, # Their grid
+    scheme:QuantScheme, # Their scheme
     stored:int,         # Bits that a code takes in the file
 ) -> dict:
     "One entry of `config_groups`."
@@ -145,11 +145,11 @@ def _config_group(
 # %% ../../nbs/formats/compressed_tensors.ipynb #9957f2c2
 @patch
 def quantization_config(self:CompressedTensorsFormat,
-    scheme:QuantScheme,   # The grid of the quantized layers
+    scheme:QuantScheme,   # The scheme of the quantized layers
     quantized:list[str],  # Full names of quantized modules
     ignored:list[str],    # Full names of Linear modules left in float
     method:str,           # The llmquant method that made the codes
-    overrides:Mapping[str, QuantScheme]=MappingProxyType({}), # Quantized modules on another grid
+    overrides:Mapping[str, QuantScheme]=MappingProxyType({}), # Quantized modules in another scheme
 ) -> dict:                # For config.json
     "The section `quantization_config` in vLLM's words, and ours beside them."
     members = {scheme: ["Linear"]}

@@ -24,7 +24,7 @@ def shown(
 def is_scheme(
     values,  # what should be one, from a file
 ) -> bool:
-    "Whether these are the values of a grid."
+    "Whether these are the values of a scheme."
     try: return isinstance(values, dict) and QuantScheme.from_dict(values).to_dict() == values
     except (TypeError, KeyError, ValueError): return False
 
@@ -53,7 +53,7 @@ NEEDED = {"compressed-tensors": {"format": str, "config_groups": dict, "ignore":
 # %% ../../nbs/formats/config_form.ipynb #568ebd12
 def is_input(said,  # the section input_activations of a group
              ) -> bool:
-    "Whether it says nothing, or all that a server reads."
+    "Whether it is empty, or holds all that a server reads."
     return said is None or isinstance(said, dict) and \
         {"num_bits", "type", "strategy", "dynamic", "symmetric"} <= set(said)
 
@@ -92,9 +92,9 @@ def quantization_objection(found,  # config.json's quantization_config
         return f"quantization_config.dynamic has the key {shown(odd[0][0])}, which llmquant does not write"
     own = found.get("llmquant_overrides", {})
     if not is_scheme(found.get("llmquant_scheme")):
-        return "quantization_config.llmquant_scheme does not describe a grid"
+        return "quantization_config.llmquant_scheme does not describe a quantization scheme"
     if not isinstance(own, dict) or not all(map(is_scheme, own.values())):
-        return "quantization_config.llmquant_overrides must be a mapping from layers to grids"
+        return "quantization_config.llmquant_overrides must be a mapping from layers to schemes"
     if "config_groups" not in found: return ""
     if "group_0" not in found["config_groups"]: return "quantization_config.config_groups.group_0 is missing"
     return next(filter(None, (config_group_objection(*item) for item in found["config_groups"].items())), "")

@@ -26,20 +26,20 @@ class FloatZerosFormat(BaseFormat):
     name = "float_zeros"
 
     def objection(self,
-        scheme:QuantScheme, # The weight's grid
+        scheme:QuantScheme, # The weight's quantization scheme
         out_features:int,   # N
         in_features:int,    # K
     ) -> str:               # "" when the plugin serves it, else why not and what to use instead
-        "Why the plugin would not serve a layer of this shape on this grid."
+        "Why the plugin would not serve a layer of this shape in this scheme."
         if said := weights_only_objection(scheme, self.name): return said
         if not scheme.float_zeros:
             return "format float_zeros is for zero points between the codes; use format compressed_tensors or auto"
         return group_objection(scheme, in_features)
 
     def whole_objection(self,
-        schemes:Collection[QuantScheme], # All grids of an export
+        schemes:Collection[QuantScheme], # All schemes of an export
     ) -> str:                            # Always ""
-        "Grids may differ from layer to layer."
+        "Schemes may differ from layer to layer."
         return ""
 
 # %% ../../nbs/formats/float_zeros.ipynb #ec6afd50
@@ -48,7 +48,7 @@ def layout(self:FloatZerosFormat,
     layer:str,          # Module name
     out_features:int,   # N
     in_features:int,    # K
-    scheme:QuantScheme, # The weight's grid
+    scheme:QuantScheme, # The weight's quantization scheme
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]: # Tensor name to dtype and shape
     "What `pack` will return, without the values."
     groups = out_features, scheme.groups(in_features)
@@ -61,7 +61,7 @@ def layout(self:FloatZerosFormat,
 def pack(self:FloatZerosFormat,
     layer:str,              # Module name
     weight:QuantizedWeight, # What the quantizer made
-) -> dict[str, Tensor]:     # Tensor name to tensor, as `layout` says
+) -> dict[str, Tensor]:     # Tensor name to tensor, as in `layout`
     "The tensors that a file holds for one weight."
     return {f"{layer}.weight_packed": pack_bits(weight.codes, weight.scheme.bits),
             f"{layer}.weight_scale": weight.scales.contiguous(),
@@ -72,7 +72,7 @@ def pack(self:FloatZerosFormat,
 def unpack(self:FloatZerosFormat,
     layer:str,                    # Module name
     tensors:Mapping[str, Tensor], # Tensor name to tensor
-    scheme:QuantScheme,           # The grid that was packed
+    scheme:QuantScheme,           # The scheme that was packed
     in_features:int,              # K
 ) -> QuantizedWeight:             # What was packed
     "The inverse of `pack`."
@@ -82,11 +82,11 @@ def unpack(self:FloatZerosFormat,
 # %% ../../nbs/formats/float_zeros.ipynb #7d673d5e
 @patch
 def quantization_config(self:FloatZerosFormat,
-    scheme:QuantScheme,   # The grid of the quantized layers
+    scheme:QuantScheme,   # The scheme of the quantized layers
     quantized:list[str],  # Full names of quantized modules
     ignored:list[str],    # Full names of Linear modules left in float
     method:str,           # The llmquant method that made the codes
-    overrides:Mapping[str, QuantScheme]=MappingProxyType({}), # Quantized modules on another grid
+    overrides:Mapping[str, QuantScheme]=MappingProxyType({}), # Quantized modules in another scheme
 ) -> dict:                # For config.json
     "The section `quantization_config`; `UsageError` for routed experts."
     if experts := expert_lists(quantized):

@@ -30,11 +30,11 @@ _GROUPS = 32, 64, 128
 
 @patch
 def objection(self:GPTQFormat,
-    scheme:QuantScheme, # The weight's grid
+    scheme:QuantScheme, # The weight's quantization scheme
     out_features:int,   # N
     in_features:int,    # K
 ) -> str:               # "" when vLLM loads it, else why not and what to use instead
-    "Why vLLM would not load a layer of this shape on this grid."
+    "Why vLLM would not load a layer of this shape in this scheme."
     if said := weights_only_objection(scheme, self.name): return said
     if scheme.float_zeros: return "this layout has no place for float zero points; use format float_zeros or auto"
     if scheme.bits not in (4, 8):
@@ -57,7 +57,7 @@ def layout(self:GPTQFormat,
     layer:str,          # Module name
     out_features:int,   # N
     in_features:int,    # K
-    scheme:QuantScheme, # The weight's grid
+    scheme:QuantScheme, # The weight's quantization scheme
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]: # Tensor name to dtype and shape
     "What `pack` will return, without the values."
     groups, per_word = scheme.groups(in_features), 32 // scheme.bits
@@ -71,7 +71,7 @@ def layout(self:GPTQFormat,
 def pack(self:GPTQFormat,
     layer:str,              # Module name
     weight:QuantizedWeight, # What the quantizer made
-) -> dict[str, Tensor]:     # Tensor name to tensor, as `layout` says
+) -> dict[str, Tensor]:     # Tensor name to tensor, as in `layout`
     "The tensors that a file holds for one weight."
     bits, columns = weight.scheme.bits, weight.codes.shape[1]
     tensors = {"qweight": pack_bits(weight.codes, bits).T, "qzeros": pack_bits((weight.zeros - 1).T.contiguous(), bits),
@@ -84,7 +84,7 @@ def pack(self:GPTQFormat,
 def unpack(self:GPTQFormat,
     layer:str,                  # Module name
     tensors:Mapping[str, Tensor], # Tensor name to tensor
-    scheme:QuantScheme,         # The grid that was packed
+    scheme:QuantScheme,         # The scheme that was packed
     in_features:int,            # K
 ) -> QuantizedWeight:           # What was packed
     "The inverse of `pack`."
@@ -96,7 +96,7 @@ def unpack(self:GPTQFormat,
 # %% ../../nbs/formats/gptq.ipynb #c59ab697
 @patch
 def quantization_config(self:GPTQFormat,
-    scheme:QuantScheme,   # The grid of all quantized layers
+    scheme:QuantScheme,   # The scheme of all quantized layers
     quantized:list[str],  # Full names of quantized modules
     ignored:list[str],    # Full names of Linear modules left in float
     method:str,           # The llmquant method that made the codes

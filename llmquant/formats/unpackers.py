@@ -67,7 +67,7 @@ def _header(text:bytes, path:Path) -> dict:
     return header
 
 def _is_entry(entry) -> bool:
-    "Whether a header says of a tensor what it must."
+    "Whether a header has of a tensor what it must."
     if not isinstance(entry, dict) or str(entry.get("dtype")) not in _ITEM: return False
     shape, place = entry.get("shape"), entry.get("data_offsets")
     lists = isinstance(shape, list) and isinstance(place, list) and len(place) == 2
@@ -111,7 +111,7 @@ def read_safetensors(
     tensors = {name: shards[shard][name] for name, shard in where.items() if name in shards[shard]}
     stored = {name for shard in shards.values() for name in shard}
     if stray := (stored | set(where)) - (set(tensors) & stored):
-        raise UsageError(f"{index}: tensor {sorted(stray)[0]} is not where the index says")
+        raise UsageError(f"{index}: tensor {sorted(stray)[0]} is not in the file that the index names")
     return tensors
 
 # %% ../../nbs/formats/unpackers.ipynb #b8868441
@@ -126,7 +126,7 @@ class Unpacked(NamedTuple):
     floats: bool = False # Codes are the bits of FP8 numbers
 
     def digest(self) -> str:
-        "SHA-256 over codes, scales, zeros and the inputs' grid: the digest of the `QuantizedWeight` that was packed."
+        "SHA-256 over codes, scales, zeros and the inputs' static scale: the digest of the `QuantizedWeight` that was packed."
         parts = self.codes, self.scales, self.zeros, self.input_scale, self.input_zero
         return hashlib.sha256(b"".join(np.ascontiguousarray(p).tobytes() for p in parts if p is not None)).hexdigest()
 
@@ -163,14 +163,14 @@ def scheme_values(
     config:dict, # quantization_config
     layer:str,   # Module name
 ) -> dict:       # Plain values
-    "What our keys say about a layer's grid."
+    "A layer's scheme by our keys."
     return (config.get("llmquant_overrides") or {}).get(layer) or config["llmquant_scheme"]
 
 def config_group(
     config:dict, # quantization_config of compressed-tensors
     layer:str,   # Module name
 ) -> dict:       # targets, weights, input_activations and, in mixtures of layouts, format
-    "What vLLM's words say about a layer."
+    "A layer's entry in vLLM's terms."
     groups = config["config_groups"].values()
     for target in layer, "Linear":
         for group in groups:
@@ -181,7 +181,7 @@ def group_weights(
     config:dict, # quantization_config of compressed-tensors
     layer:str,   # Module name
 ) -> dict:       # num_bits, symmetric, group_size, strategy
-    "What vLLM's words say about a layer's grid."
+    "A layer's scheme in vLLM's terms."
     return config_group(config, layer)["weights"]
 
 # %% ../../nbs/formats/unpackers.ipynb #a5b0e811
