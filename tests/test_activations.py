@@ -109,7 +109,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("name", EXPORTS)
 def test_files(folder, name):
     "The second reader finds what was computed, near the original."
-    found = proof.check_files(folder/name, folder/"base")
+    found = verification.check_files(folder/name, folder/"base")
     assert found["layers"] == 14 and found["float_tensors"] > 3
     assert ("largest_step" in found) == (name != "fp8")
 
@@ -143,7 +143,7 @@ def dropped(tensors, config): del tensors[f"{DOWN}.input_scale"]
 def test_planted_faults(folder, tmp_path, fault, said):
     "What would compute another model is found in the files."
     with pytest.raises(VerificationError, match=said):
-        proof.check_files(edited(folder/"static_asymmetric", tmp_path/"x", fault), folder/"base")
+        verification.check_files(edited(folder/"static_asymmetric", tmp_path/"x", fault), folder/"base")
 
 
 def test_loaded_model_is_quant_linear(folder):
@@ -197,9 +197,9 @@ def test_a_verification_that_compares_no_linear_fails(folder, monkeypatch):
         logits = served_model.forced_logits(load(job.path, torch.float32), job.prompts)
         tables = [each.log_softmax(-1).sort(descending=True) for each in logits]
         return [Answer([t.indices.numpy() for t in tables], [t.values.numpy() for t in tables], dtype=job.dtype)]
-    monkeypatch.setattr(proof, "vllm_installed", lambda: True)
+    monkeypatch.setattr(verification, "vllm_installed", lambda: True)
     monkeypatch.setattr(served_check, "ask_vllm_many", serve)
-    with pytest.raises(VerificationError) as caught: proof.verify(folder/"static", folder/"base")
+    with pytest.raises(VerificationError) as caught: verification.verify(folder/"static", folder/"base")
     assert str(caught.value) == f"not verified: {served_check.UNSEEN}"
 
 
@@ -430,7 +430,7 @@ def test_served_by_name(answers):
 def test_verify_chooses_the_dtype(folder, monkeypatch, amx):
     "The whole proof, by itself, with AMX where there is some and without."
     if amx: monkeypatch.setenv("LLMQUANT_CPU_AMX", amx)
-    found = proof.verify(folder/"two_groups", folder/"base")["vllm"]
+    found = verification.verify(folder/"two_groups", folder/"base")["vllm"]
     other = "float16" if torch.cuda.is_available() else "float32"
     assert (found["dtype"], found["loaded"]) == (other if amx else "bfloat16", "stock")
     assert found["mean_kl"] <= found["bound"] and found["own_noise"] < 1e-3
@@ -457,5 +457,5 @@ def test_recipe(tmp_path, name):
     report = llmquant.quantize(base, tmp_path/"out", bits=8, config=config)
     scheme = QuantScheme.from_dict(report["scheme"])
     assert scheme.activations is not None and scheme.activations.dynamic == activations.get("dynamic", True)
-    found = proof.verify(tmp_path/"out", base, require_vllm=True)["vllm"]
+    found = verification.verify(tmp_path/"out", base, require_vllm=True)["vllm"]
     assert found["loaded"] == "stock" and found["mean_kl"] <= found["bound"]

@@ -144,7 +144,7 @@ def test_in_memory_equals_streamed(folder):
 
 @pytest.mark.parametrize("name", EXPORTS)
 def test_the_independent_reader_finds_what_was_computed(name, folder):
-    assert proof.check_files(folder/name, folder/"base")["layers"] == (12 if name == "float_mixed" else 14)
+    assert verification.check_files(folder/name, folder/"base")["layers"] == (12 if name == "float_mixed" else 14)
 
 
 def test_float_zeros_are_said_and_refused_where_they_cannot_go(folder):

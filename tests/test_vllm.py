@@ -192,7 +192,7 @@ def test_planted_faults_move_vllm_a_hundredfold_over_the_bound(fault, folder, pl
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_fail_the_proof(fault, folder):
     with pytest.raises(VerificationError, match=r"layer model\.layers\.\d.*: what is in the files is not what was computed"):
-        proof.verify(folder/fault.__name__, folder/"base")
+        verification.verify(folder/fault.__name__, folder/"base")
 
 
 def test_a_stock_vllm(folder, stock, prompts):
@@ -204,15 +204,15 @@ def test_a_stock_vllm(folder, stock, prompts):
 def test_moved_weights_and_float_tensors_fail_the_proof(folder, tmp_path):
     moved = edited(folder/"base", tmp_path/"moved", lambda t: t["model.layers.1.mlp.up_proj.weight"][3, 5].add_(1))
     with pytest.raises(VerificationError, match="layer model.layers.1.mlp.up_proj: a weight moved by"):
-        proof.check_files(folder/"w4", moved)
+        verification.check_files(folder/"w4", moved)
     norm = edited(folder/"base", tmp_path/"norm", lambda t: t["model.layers.1.input_layernorm.weight"][7].mul_(1.01))
     with pytest.raises(VerificationError, match="tensor model.layers.1.input_layernorm.weight: was not quantized"):
-        proof.check_files(folder/"w4", norm)
+        verification.check_files(folder/"w4", norm)
 
 
 def test_a_proof_falls_back_to_the_plugin_and_says_so(folder):
     if torch.cuda.is_available(): pytest.skip("a GPU has a kernel for 8 bits")
-    found = proof.verify(folder/"w8", folder/"base", require_vllm=True)
+    found = verification.verify(folder/"w8", folder/"base", require_vllm=True)
     assert found["vllm"]["loaded"] == "plugin" and found["vllm"]["mean_kl"] < 1e-5
     assert found["vllm"]["top1_agreement"] > 0.9 and found["vllm"]["text"]
     assert found["vllm"]["kernels"] == {"RepackKernel > UnquantizedLinearMethod": 8}
@@ -228,7 +228,7 @@ def test_a_child_that_dies_takes_one_job_only(folder, prompts, monkeypatch, tmp_
 
 
 def test_without_vllm_the_files_are_still_checked(folder, monkeypatch):
-    monkeypatch.setattr(proof, "vllm_installed", lambda: False)
-    found = proof.verify(folder/"w4", folder/"base")
+    monkeypatch.setattr(verification, "vllm_installed", lambda: False)
+    found = verification.verify(folder/"w4", folder/"base")
     assert found["vllm"] == "not installed" and found["files"]["layers"] == 14
-    with pytest.raises(LLMQuantError, match="no vLLM here"): proof.verify(folder/"w4", folder/"base", require_vllm=True)
+    with pytest.raises(LLMQuantError, match="no vLLM here"): verification.verify(folder/"w4", folder/"base", require_vllm=True)

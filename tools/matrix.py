@@ -293,7 +293,7 @@ def compare(job, reference, said):
     from llmquant.export.loading import load
 
     out, prompts = Path(job.path), job.prompts
-    layers, report = proof.check_files(out, reference)["layers"], read_report(out)
+    layers, report = verification.check_files(out, reference)["layers"], read_report(out)
     figures = served_check.compare(out, prompts, said)
     real = Path(reference).name.startswith(REAL)
     if figures["mean_kl"] > figures["bound"] and real:  # is it float16's arithmetic?
