@@ -80,7 +80,7 @@ def _text_facts(
     prefix: list[int],  # of each window
     tokenizer: Any,  # the model's
 ) -> dict:  # plain values
-    "What the report says of a text."
+    "The report's entry for a text."
     by = "the chat template begins a conversation" if seen.conversation else "the tokenizer begins a text"
     tokens = " ".join(tokenizer.convert_ids_to_tokens(prefix))
     return {"dataset": python_text_name() if dataset is None else str(dataset),
@@ -127,7 +127,7 @@ def shares(
 def check_parts(
     parts: Sequence,  # mappings with dataset, weight (1 when absent) and column (optional)
 ) -> list[tuple]:  # (dataset, column, weight) of each
-    "What a recipe says of a mixture; `UsageError` for what it must not."
+    "A recipe's mixture of datasets; `UsageError` for what it must not be."
     allowed, checked = ("dataset", "weight", "column"), []
     for number, part in enumerate(parts, 1):
         where = f"calibration.dataset: part {number}"

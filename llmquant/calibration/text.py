@@ -199,7 +199,7 @@ def _reach_hub(
 def hub_rows(
     name: str,  # "org/name" or "org/name:config"
 ) -> Iterator[dict]:  # the rows of the split train, or of the first one
-    "Rows of a data set of the hub, streamed."
+    "Rows of a dataset of the hub, streamed."
     need_datasets(f"calibration dataset {name}")
     _reach_hub(name)
     import datasets

@@ -154,7 +154,7 @@ def cut_windows(
     length: int,  # tokens in each
     prefix: list[int],  # what each of them begins with
 ) -> Tensor:  # int64 [at most `count`, `length`]
-    "Consecutive windows from the start. Where the text itself goes on with the prefix, it is not put there twice."
+    "Consecutive windows from the start. Where the text itself continues with the prefix, it is not put there twice."
     windows, at = [], 0
     while len(windows) < count:
         there = list(tokens[at:at + len(prefix)]) == prefix
@@ -204,7 +204,7 @@ _STRETCHED = ("linear", "dynamic", "yarn")
 
 def longest_window(
     config: Mapping,  # config.json, parsed
-) -> int | None:  # None where it does not say
+) -> int | None:  # None where it is not set
     "How many tokens the model has positions for."
     text = text_config(config)
     known = next((text[name] for name in _POSITIONS if isinstance(text.get(name), int) and text[name] > 0), None)
@@ -226,7 +226,7 @@ def check_length(
                          f"(max_position_embeddings); use {longest} or less")
 
 # %% ../../nbs/calibration/tokens.ipynb #9e89f5a2
-USUAL_LENGTH = 2048  # tokens in a window, where nobody says
+USUAL_LENGTH = 2048  # tokens in a window, where nothing sets it
 
 
 def window_length(

@@ -90,14 +90,14 @@ class Architecture:
         config: dict, # config.json, parsed
         block: int,   # index
     ) -> tuple:       # `SmoothingPair`s
-        "Where a block's inputs may be rescaled without changing its function; () where nobody has said."
+        "Where a block's inputs may be rescaled without changing its function; () where no adapter declares it."
         return ()
 
     def rotation_sites(self,
         config: dict, # config.json, parsed
         shapes: dict, # tensor name -> shape
     ):                # `RotationSites` or None
-        "What touches the residual stream and where values are made; None where nobody has said."
+        "What touches the residual stream and where values are made; None where no adapter declares it."
         return common_sites(config, shapes)
 
 # %% ../../nbs/models/base_adapter.ipynb #08d8d2d7
@@ -215,8 +215,8 @@ def explain(
 
 # %% ../../nbs/models/base_adapter.ipynb #227a537f
 class BaseHuggingFaceAdapter(Architecture):
-    "Knows one family of architectures; this class itself serves every causal language model of transformers."
-    trust_remote_code = False         # what vllm_config.json says: the recipe's value
+    "Describes one family of architectures; this class itself serves every causal language model of transformers."
+    trust_remote_code = False         # what goes into vllm_config.json: the recipe's value
 
     def get_layers(self,
         model: nn.Module, # transformers model
@@ -257,7 +257,7 @@ def check_tensors(self:BaseHuggingFaceAdapter,
     config: dict, # config.json, parsed
     shapes: dict, # tensor name -> shape
 ):
-    "`UsageError` for a checkpoint that lacks a tensor or has one in another shape than `config` says."
+    "`UsageError` for a checkpoint that lacks a tensor or has one in another shape than `config` describes."
     check_counts(config, shapes)
     if shapes == dense_shapes(config): return
     from transformers import CONFIG_MAPPING

@@ -21,7 +21,7 @@ def qwen_mixture(
     config: dict, # config.json, parsed
     block: int,   # index
 ) -> bool:        # whether the block's MLP is a mixture of experts
-    "Which blocks are mixtures is told by three keys."
+    "Which blocks are mixtures follows from three keys."
     if not config["model_type"].endswith("_moe"): return False
     known = text_config(config)
     return (block not in (known.get("mlp_only_layers") or ()) and known.get("num_experts", 1) > 0

@@ -22,7 +22,7 @@ from pathlib import Path
 class FusedTable:
     "What vLLM fuses in one architecture."
     groups: tuple[tuple[str, ...], ...]           # ends of module names, one tuple per fused weight
-    origin: str                                   # who says so, for the report
+    origin: str                                   # where it was read, for the report
     joined: Mapping[str, tuple] = field(default_factory=dict) # vLLM's name of a fused weight -> its parts, where known
 
 # %% ../../nbs/models/served_class.ipynb #def9e8d8
@@ -202,7 +202,7 @@ NO_HEAD_NOTE = ("vLLM 0.32's Gemma3nForCausalLM has no lm_head, so it cannot loa
 def served_otherwise(
     config: Mapping, # config.json
 ) -> list[str]:      # sentences, mostly none
-    "What vLLM's class does otherwise than the model, whatever the grids are."
+    "What vLLM's class does otherwise than the model, whatever the schemes are."
     names = config.get("architectures")
     if not isinstance(names, (list, tuple)) or "Gemma3nForCausalLM" not in names: return []
     return [PER_LAYER_NOTE if config.get("tie_word_embeddings", True) else NO_HEAD_NOTE]

@@ -50,7 +50,7 @@ def _announced(
 def number_of_blocks(
     config: dict, # config.json, parsed
 ) -> int:         # decoder blocks
-    "How many decoder blocks `config` announces; UsageError when it does not say."
+    "How many decoder blocks `config` announces; UsageError when it announces none."
     inner = config.get("text_config")
     known = {**config, **(inner if isinstance(inner, dict) else {})}
     if found := _announced(known) or _announced(text_config(config)): return found

@@ -190,7 +190,7 @@ def missing_tensor(
     "The error for a checkpoint that lacks a tensor."
     others = f" (and {more} more)" if more else ""
     hint = ("; if the head is the embedding, write tie_word_embeddings: true into config.json" if module_of(name) == "lm_head"
-            else "; either it is incomplete, or its names are none that transformers knows")
+            else "; either it is incomplete, or its names are none of transformers'")
     return UsageError(f"tensor {name}: not in the checkpoint{others}, and {type(model).__name__} of config.json needs "
                       f"it{hint}")
 
@@ -232,7 +232,7 @@ def reason_of_known(
     name: str,    # tensor name in the checkpoint
     shape: tuple, # its shape
 ) -> str:
-    "What a matrix is that transformers knows, and that is no nn.Linear of its model."
+    "What a matrix of transformers' model is that is no nn.Linear."
     parts = module_of(name).split(".")
     if ROUTERS & {*parts[-2:]} and len(shape) == 2: return "router: its choice of experts flips with small errors"
     if any("conv" in part for part in parts): return "convolution"

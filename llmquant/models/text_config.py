@@ -54,7 +54,7 @@ def text_config(
 
 @lru_cache(maxsize=16)
 def _as_read(text:str) -> dict:
-    "What transformers makes of a configuration; empty for a type that it does not know."
+    "What transformers makes of a configuration; empty for an unknown type."
     from transformers import CONFIG_MAPPING
     config = json.loads(text)
     if config["model_type"] not in CONFIG_MAPPING: return {}
@@ -68,7 +68,7 @@ def fact(
     config:Mapping, # config.json, parsed
     name:str, # such as "vocab_size"
 ) -> int: # at least 1
-    "A size that every language model has; `UsageError` where the configuration does not say it."
+    "A size that every language model has; `UsageError` where the configuration lacks it."
     value = text_config(config).get(name)
     if type(value) is not int or value < 1:
         raise UsageError(f"config.json of model type {config.get('model_type')!r}: {name} is {value!r}, and must be a "

@@ -33,7 +33,7 @@ def shift_by_middle(
     return ""
 
 def _change_by(site:SmoothingSite, middle:Tensor, before:Tensor) -> float:
-    "Shift, and tell by how much the block's output changed."
+    "Shift, and measure by how much the block's output changed."
     site.shift_by(middle)
     return float((site.view.outputs(1)[0] - before).norm() / before.norm().clamp(min=1e-30))
 
@@ -119,7 +119,7 @@ def can_declare(
 BIASED = tuple(f"self_attn.{name}_proj" for name in ("q", "k", "v", "o"))
 
 def as_vector(
-    info,     # What a source says of a weight: (dtype, shape), or an object with both and `nbytes`
+    info,     # A source's entry for a weight: (dtype, shape), or an object with both and `nbytes`
     length:int, # Of the vector
 ):            # The same for a vector
     "The entry of a bias beside that of its weight."

@@ -72,7 +72,7 @@ class RotationSuppressor(BaseOutlierSuppressor):
         return self.rotation
 
     def get_supported_models(self) -> list[str]:
-        "Model types whose adapters know what touches the stream; of those in brackets, values only."
+        "Model types whose adapters declare what touches the stream; of those in brackets, values only."
         adapters = [ModelRegistry.get(name)() for name in ModelRegistry.list_adapters()]
         known = {kind: what for a in adapters for kind, what in getattr(a, "rotation_types", dict)().items()}
         return [f"({kind})" if what == "values" else kind for kind, what in sorted(known.items())]
@@ -96,7 +96,7 @@ def _notes(sites:RotationSites, rotation:Rotation|None, blocks:tuple, values:boo
     heads = f"{kinds} for each head of {len(sites.values)} attentions" if values else \
         "not asked for" if sites.values else "values have no Linear of their own"
     notes = {"kind": settings["kind"], "seed": settings["seed"], "residual": stream, "values": heads}
-    if blocks: notes["channels"] = digest(torch.cat(blocks))[:16] # which of them are mixed, for a run that goes on later
+    if blocks: notes["channels"] = digest(torch.cat(blocks))[:16] # which of them are mixed, for a run that resumes later
     if rotation and sites.tied: notes["head"] = "untied: it took the last norm's gain"
     if rotation and sites.left_out: notes["left_as_it_was"] = sites.left_out
     return notes

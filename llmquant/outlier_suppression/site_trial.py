@@ -96,7 +96,7 @@ class Trial:
     whole: list[Call] = field(default_factory=list) # The calls of the block, where something follows the parts
 
     def error(self,
-        taken:Tensor|None=None, # [producer channels]: the factors that are folded in at present; None before any
+        taken:Tensor|None=None, # [producer channels]: the factors that are folded in now; None before any
     ) -> float:                 # 1 where a token's output changes by all of itself
         "Relative squared change of each token's output, on average, when the readers and their inputs are rounded."
         with _divided(self.site, taken if self.outside else None), rounded(self.site.view, self.site.quantized):
@@ -104,7 +104,7 @@ class Trial:
         return float(torch.cat(changes).mean())
 
     def error_of_block(self) -> float:
-        "The same of the whole block, with the factors that are folded in at present; behind a norm on all that was recorded."
+        "The same of the whole block, with the factors that are folded in now; behind a norm on all that was recorded."
         calls = [(call, size) for call, (_, size) in zip(self.whole, self.batches)]
         if not self.site.is_norm: calls = first_half(calls)
         with rounded(self.site.view, self.site.quantized): changes = [call.change() / size for call, size in calls]

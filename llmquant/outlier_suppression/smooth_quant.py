@@ -71,7 +71,7 @@ def lowest(
     ask:Callable[[int], float], # The error at a place of the row
     count:int,                  # Places
     coarse:Iterable[int],       # Where to look first
-    patience:int=1,             # How many places in a row may be worse before it turns back
+    patience:int=1,             # How many places in a row may be worse before it stops
 ) -> dict[int, float]:          # The errors of all places that were asked for
     "Look at a few places, then go downhill from the best of them, a place at a time, on either side."
     errors = {place: ask(place) for place in coarse}

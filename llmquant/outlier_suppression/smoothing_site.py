@@ -42,7 +42,7 @@ class SmoothingSite:
 
     @property
     def stats(self) -> LayerStats|None: # None for a suppressor that asks for no statistics
-        "What was measured at the consumers' input, in its present scale."
+        "What was measured at the consumers' input, in its current scale."
         return self.view.stats.get(self.quantized[0])
 
 # %% ../../nbs/outlier_suppression/smoothing_site.ipynb #6b122638
@@ -202,7 +202,7 @@ def settled(self:SmoothingSite,
     factors_of:Callable[[Hashable], Tensor], # Note to factors
     thorough:bool=True,                   # False where so many were tried that one fewer is compared, and none behind a Linear
 ) -> Hashable:                            # A note; None for no factors at all
-    "The best candidate; where the block goes on behind the readers, close calls are decided by the whole block."
+    "The best candidate; where the block continues behind the readers, close calls are decided by the whole block."
     ranked = sorted({None: 1., **errors}.items(), key=lambda item: item[1])
     few = FEW[self.is_norm] - (self.is_norm and not thorough)
     close = [note for note, error in ranked[:few] if error <= CLOSE * ranked[0][1]]
