@@ -8,7 +8,7 @@ __all__ = ['MUST_AGREE', 'plan_of_model', 'hand_over', 'changed_keys', 'side_of_
 
 # %% ../../nbs/in_memory/save.ipynb #65c229d2
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from copy import copy
 from pathlib import Path
@@ -19,7 +19,7 @@ from ..core.format_registry import FormatRegistry
 from ..core.outlier_suppression_registry import CHANGEABLE
 from ..core.quantizer_registry import QuantizerRegistry
 from ..core.scheme import QuantScheme
-from ..export.export import ExportSink, write_export
+from ..export.export import Export, ExportSink, write_export
 from .adopt import adopt, is_adopted
 from .model import ModelSource
 from .quant_linear import QuantLinear
@@ -135,7 +135,8 @@ def export_model(
     source:str|Path|None=None, # The checkpoint that config.json and the side files come from
     facts:Mapping[str, Any]|None=None, # For the report
     format:str="auto", container:str="auto", # How to store the codes
-    **kwargs,                # Passed to `write_export`
+    verify:Callable[[Path], dict]|None=None, # See `Export`
+    **where,                 # See `write_export`
 ) -> dict:                   # The report
     "Write a model that was quantized in memory; the same export, byte for byte, as the streaming way."
     model_config = getattr(model.config, "quantization_config", None)
@@ -156,8 +157,8 @@ def export_model(
         config, side_files, protect = side_of_model(model, Path(source) if source else None, Path(folder))
         if source: check_source(model, adapter, plan, config, source)
         carry = lambda sink: hand_over(plan, layers, tensors, sink)
-        return write_export(plan, adapter, carry, False, config, Path(path), facts,
-                            **{"side_files": side_files, "protect": protect} | kwargs)
+        export = Export(plan, adapter, config, facts, side_files, verify=verify)
+        return write_export(export, carry, Path(path), **{"protect": protect, **where})
 
 # %% ../../nbs/in_memory/save.ipynb #69aee33f
 def trusting(

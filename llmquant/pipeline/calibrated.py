@@ -20,7 +20,7 @@ from ..calibration.data import CalibrationData, load_calibration, tokens_to_comp
 from ..calibration.own_text import WINDOWS_AT_A_TIME, own_text, window_bytes
 from ..calibration.tokens import window_length
 from ..checkpoint.source import CheckpointSource, checkpoint_fingerprint
-from ..sequential.block_source import compute_dtype, for_checkpoint, pick_device
+from ..sequential.block_source import compute_dtype, for_checkpoint
 from ..sequential.block_flow import BlockFlow, flow_of
 from ..sequential.decoder_loop import Storage, start_blocks, run_blocks
 from ..core.errors import UsageError
@@ -29,8 +29,7 @@ from ..utils.process import available, give_back, mib, resident
 from ..plan.memory import LEAST, RANGES, SEARCHED, searching_bytes
 from ..utils.process import tight_memory
 from ..sequential.outlier_channels import model_sizes
-from ..core.outlier_suppression_registry import is_blockwise
-from ..plan.plan import Plan
+from .run_state import Run
 from ..sequential.equivalence import bare
 from ..models.text_config import fact
 from ..sequential.layer import LayerResult, with_words
@@ -50,23 +49,19 @@ def length_of(
     return window_length(None if by_default else recipe.calibration["max_length"], config)
 
 def needs_text(
-    plan:Plan,            # Its schemes
-    quantizer,            # Configured
-    suppressors:tuple=(), # Configured
+    run:Run, # Its plan, method and suppressors
 ) -> bool:
     "Whether somebody measures activations; where nobody does, edits of blocks are compared on a few random tokens."
-    grids = [l.scheme.activations for l in plan.quantized]
+    grids = [l.scheme.activations for l in run.plan.quantized]
     static = any(grid and not grid.dynamic for grid in grids)
-    return static or any(who.needed_statistics() for who in (quantizer, *suppressors))
+    return static or any(who.needed_statistics() for who in (run.quantizer, *run.suppressors))
 
 def calibration_of(
-    recipe:Recipe,           # Its calibration section, seed and ceiling
-    source:CheckpointSource, # The model
-    measured:bool=True,      # See `needs_text`
+    run:Run, # Its recipe says which text, how much, and with which seed
 ) -> CalibrationData:
     "Read and tokenize what the recipe names."
-    if not measured: return tokens_to_compare(fact(source.config, "vocab_size"))
-    c = recipe.calibration
+    if not needs_text(run): return tokens_to_compare(fact(run.source.config, "vocab_size"))
+    recipe, source, c = run.recipe, run.source, run.recipe.calibration
     seed = recipe.seed if c.get("seed") is None else c["seed"]
     length = length_of(recipe, source.config)
     found = load_calibration(c["dataset"], source.path, fact(source.config, "vocab_size"), c["num_samples"], length, seed,
@@ -119,64 +114,49 @@ def conversion_of(
     return bare(source).conversion_bytes()
 
 def searching_of(
-    plan:Plan,         # What will be done
-    tensors:dict,      # Every tensor: name to (dtype, shape)
-    adapter,           # Of the model's family
-    config:dict,       # The parsed config.json
-    suppressors:tuple, # Configured
-    batch:int=1,       # Tokens in a batch
-) -> tuple[int, int]:  # What `predict` takes
+    run:Run,          # Its plan and suppressors
+    batch:int,        # Tokens in a batch
+) -> tuple[int, int]: # What `predict` takes
     "Bytes that searches hold beside forward passes: for factors, and for static ranges of least squared error."
-    pairs = ()
-    if any(s.searches() for s in filter(is_blockwise, suppressors)):
-        pairs = [p for block in {l.block for l in plan.quantized} for p in adapter.smoothing_pairs(config, block)]
-    grids = [l.scheme.activations for l in plan.quantized]
+    config, pairs = run.source.config, ()
+    if any(s.searches() for s in run.blockwise):
+        pairs = [p for block in {l.block for l in run.plan.quantized} for p in run.adapter.smoothing_pairs(config, block)]
+    grids = [l.scheme.activations for l in run.plan.quantized]
     static = any(grid and not grid.dynamic and grid.range_rule == "mse" for grid in grids)
-    held, rounding = searching_bytes(tensors, pairs, fact(config, "hidden_size"), batch)
+    held, rounding = searching_bytes(run.tensors, pairs, fact(config, "hidden_size"), batch)
     return held + static * RANGES, rounding
 
 # %% ../../nbs/pipeline/calibrated.ipynb #bdb2907a
 def need_of(
-    recipe:Recipe,           # Windows, lengths, batches, ceiling
-    plan:Plan,               # What will be done
-    adapter,                 # Of the model's family
-    quantizer,               # Configured
-    source:CheckpointSource, # The model
-    suppressors:tuple=(),    # Configured
+    run:Run, # Planned
 ) -> tuple[MemoryNeed, BlockFlow]: # The peak, and how the decoder calls its blocks
     "The predicted peak, under the ceiling; `UsageError` when it cannot be held."
-    for who in (*filter(is_blockwise, suppressors), *([quantizer] if quantizer.edits_blocks() else [])):
-        check_pairs(plan, adapter, who, source)
+    recipe, plan, adapter, quantizer, source = run.recipe, run.plan, run.adapter, run.quantizer, run.source
+    for who in (*run.blockwise, *([quantizer] if quantizer.edits_blocks() else [])): check_pairs(run, who)
     model = adapter.skeleton(source.config, source.tensors)
     flow = flow_of(model, adapter.get_layers(model)) # a decoder whose blocks cannot be run one by one is refused
     c = recipe.calibration
     windows, length = c["num_samples"], length_of(recipe, source.config)
-    if not needs_text(plan, quantizer, suppressors): windows, length = tokens_to_compare(1).tokens.shape
+    if not needs_text(run): windows, length = tokens_to_compare(1).tokens.shape
     batch = c["batch_size"] * length
-    tensors = {name: (info.dtype, info.shape) for name, info in source.tensors.items()}
-    wanted = {name for who in (quantizer, *suppressors) for name in who.needed_statistics()}
-    if any(map(is_blockwise, suppressors)): wanted.add("maxima") # of what they leave, for the report
-    tell_search(plan, tensors, adapter, source.config, suppressors, windows * length,
-                pick_device(recipe.device_map))
-    need = predict(plan, tensors, adapter.block_of, source.config, windows, length,
+    wanted = {name for who in (quantizer, *run.suppressors) for name in who.needed_statistics()}
+    if run.blockwise: wanted.add("maxima") # of what they leave, for the report
+    tell_search(run, windows * length)
+    need = predict(plan, run.tensors, adapter.block_of, source.config, windows, length,
                    c["batch_size"], tuple(wanted), source.dtype.itemsize,
                    model.config._attn_implementation or "eager",
-                   searching_of(plan, tensors, adapter, source.config, suppressors, batch),
+                   searching_of(run, batch),
                    getattr(source, "edited", None),
                    quantizer.edits_blocks() and "hessian" in wanted, conversion_of(source), flow.per_token)
     return fit(need, recipe.max_memory), flow
 
 def data_free_need(
-    recipe:Recipe,           # Its ceiling
-    plan:Plan,               # What will be done
-    adapter,                 # Of the model's family
-    source:CheckpointSource, # The model
+    run:Run, # Planned
 ) -> MemoryNeed:
     "The predicted peak of a run without calibration, under the ceiling; `UsageError` when it cannot be held."
-    edited = getattr(source, "edited", None)
-    if edited is not None: adapter.skeleton(source.config) # comparing needs transformers' model
-    tensors = {name: (info.dtype, info.shape) for name, info in source.tensors.items()}
-    return fit(predict_data_free(plan, tensors, edited, conversion_of(source)), recipe.max_memory)
+    edited = getattr(run.source, "edited", None)
+    if edited is not None: run.adapter.skeleton(run.source.config) # comparing needs transformers' model
+    return fit(predict_data_free(run.plan, run.tensors, edited, conversion_of(run.source)), run.recipe.max_memory)
 
 # %% ../../nbs/pipeline/calibrated.ipynb #f344617d
 def products_per_second(
@@ -213,56 +193,47 @@ def search_products(
 
 # %% ../../nbs/pipeline/calibrated.ipynb #6e4d179f
 def tell_search(
-    plan:Plan,         # What will be done
-    tensors:dict,      # Every tensor: name to (dtype, shape)
-    adapter,           # Of the model's family
-    config:dict,       # The parsed config.json
-    suppressors:tuple, # Configured
-    tokens:int,        # Of the calibration text
-    device:str,        # That computes
+    run:Run,    # Its suppressors, and the shapes that they search in
+    tokens:int, # Of the calibration text
 ):
     "Say how long the suppressors' searches will take; nothing where none searches."
-    searching = [s for s in suppressors if is_blockwise(s) and s.searches()]
+    device, adapter, tensors = run.device, run.adapter, run.tensors
+    searching = [s for s in run.blockwise if s.searches()]
     if not searching: return
     blocks, count = {}, 0
     for name, (_, shape) in tensors.items():
         if len(shape) > 1: blocks[adapter.block_of(name)] = blocks.get(adapter.block_of(name), 0) + prod(shape)
-    for index in {l.block for l in plan.quantized}:
-        pairs = adapter.smoothing_pairs(config, index)
+    for index in {l.block for l in run.plan.quantized}:
+        pairs = adapter.smoothing_pairs(run.source.config, index)
         count += sum(search_products(tensors, pairs, blocks.get(index, 0), s.trials, min(tokens, SEARCHED)) for s in searching)
     seconds = 1.5 * count / products_per_second(device)
     logger.info("%s: the search for factors will take about %.0f s", ", ".join(s.name for s in searching), max(seconds, 1))
 
 # %% ../../nbs/pipeline/calibrated.ipynb #1f283a98
 def check_pairs(
-    plan:Plan,               # What will be done
-    adapter,                 # Of the model's family
-    editor,                  # A method or a suppressor that edits blocks
-    source:CheckpointSource, # The model
+    run:Run, # Its plan and adapter
+    editor,  # A method or a suppressor that edits blocks
 ):
     "`UsageError` when the method needs smoothing pairs and the adapter names none."
-    if any(adapter.smoothing_pairs(source.config, block) for block in sorted({l.block for l in plan.quantized})): return
+    adapter, config = run.adapter, run.source.config
+    if any(adapter.smoothing_pairs(config, block) for block in sorted({l.block for l in run.plan.quantized})): return
     instead = "use gptq" if hasattr(editor, "quantize_weight") else "leave it out"
     raise UsageError(f"{editor.name} needs smoothing pairs, and the adapter {adapter.model_type} names none for "
-                     f"model type {source.config.get('model_type')!r}; {instead}, or give an adapter whose "
+                     f"model type {config.get('model_type')!r}; {instead}, or give an adapter whose "
                      "smoothing_pairs names them")
 
 # %% ../../nbs/pipeline/calibrated.ipynb #7be61236
 WITHOUT_EFFECT = tuple(key.name for key in KEYS if not key.shapes)
 
 def identity(
-    recipe:Recipe,            # What to do
-    source:CheckpointSource,  # With what
-    data:CalibrationData,     # On which text
-    device:str,               # Where
-    suppressors:tuple=(),     # Configured
+    run:Run, # With its calibration text
 ) -> dict[str, Any]:          # Plain values
     "What a run must share with an interrupted one to go on with it."
-    values = {key: entry["value"] for key, entry in recipe_to_dict(recipe).items() if key not in WITHOUT_EFFECT}
-    notes = {s.name: dict(getattr(s, "notes", {})) for s in suppressors if s.scope == "model"}
+    values = {key: entry["value"] for key, entry in recipe_to_dict(run.recipe).items() if key not in WITHOUT_EFFECT}
+    notes = {s.name: dict(getattr(s, "notes", {})) for s in run.suppressors if s.scope == "model"}
     if notes: values["transformed"] = notes # a change of basis may depend on blocks that are still to come
-    return values | {"model": checkpoint_fingerprint(bare(source)), "calibration": data.fingerprint,
-                     "device": torch.device(device).type, "llmquant": __version__,
+    return values | {"model": checkpoint_fingerprint(bare(run.source)), "calibration": run.data.fingerprint,
+                     "device": torch.device(run.device).type, "llmquant": __version__,
                      "torch": str(torch.__version__)}
 
 # %% ../../nbs/pipeline/calibrated.ipynb #b6384442
@@ -302,34 +273,27 @@ class RunJournal:
 
 # %% ../../nbs/pipeline/calibrated.ipynb #0e8d0411
 def calibrated_carry(
-    recipe:Recipe, plan:Plan, adapter, quantizer, # What to do
-    source:CheckpointSource,  # Where tensors come from
-    data:CalibrationData,     # The text
-    need:MemoryNeed,          # Says whether hidden states are kept in files
-    flow:BlockFlow,           # As `need_of` found it
-    device:str,               # Where to compute
-    facts:dict,               # For the report; filled
-    suppressors:tuple,        # Configured, of scope "block"
-    sink,                     # An `ExportSink`
+    run:Run, # With its calibration text, predicted memory and flow
+    sink,    # An `ExportSink`
 ) -> list[LayerResult]:
-    "Walk up the decoder and bring everything to the sink."
+    "Run the blocks of the decoder and bring everything to the sink."
     tight_memory()
+    source, recipe, need = run.source, run.recipe, run.need
     sink.need_room(need.hidden)
     journal = RunJournal(sink, bare(source))
     journal.check()
-    edits = quantizer.edits_blocks() or bool(suppressors)
-    blocks = for_checkpoint(source, adapter, device, compute_dtype(device, source.dtype, edits), flow)
-    storage = Storage(source.dtype, None if need.in_files else "cpu" if device == "cpu" else device,
-                      sink.hidden_states)
+    edits = run.quantizer.edits_blocks() or bool(run.blockwise)
+    blocks = for_checkpoint(source, run.adapter, run.device, compute_dtype(run.device, source.dtype, edits), run.flow)
     if journal.done: logger.info("resuming at block %d of 0 to %d", len(journal.done), len(blocks) - 1)
-    walk = start_blocks(plan, quantizer, blocks, data.tokens, recipe.calibration["batch_size"], storage, journal.done,
-                 suppressors)
+    walk = start_blocks(run.plan, run.quantizer, blocks, run.data.tokens, recipe.calibration["batch_size"],
+                        Storage(source.dtype, None if need.in_files else run.device, sink.hidden_states), journal.done,
+                        run.blockwise)
     shown, say = with_words(progress, description="quantizing", unit="block", interval=1, done=len(journal.done))
     def tell(index, results):
         log_layers(results)
         say(results)
-    results = run_blocks(walk, sink, source, partial(adapter.smoothing_pairs, source.config), journal, shown, tell)
-    tell_report(facts, walk, data, need, journal)
+    results = run_blocks(walk, sink, source, partial(run.adapter.smoothing_pairs, source.config), journal, shown, tell)
+    tell_report(run, walk, journal)
     warn_of_few(results)
     return results
 
@@ -346,31 +310,29 @@ def warn_of_few(
 
 # %% ../../nbs/pipeline/calibrated.ipynb #abdab5ac
 def tell_report(
-    facts:dict,           # For the report; receives more
-    walk,                 # The `BlockLoop` that ran
-    data:CalibrationData, # The calibration text
-    need:MemoryNeed,      # The predicted peak
-    journal:RunJournal,   # Of the run
+    run:Run,            # Its facts receive more
+    walk,               # The `BlockLoop` that ran
+    journal:RunJournal, # Of the run
 ):
     "Add what only the walk knows to what the report will say."
+    facts, data, need = run.facts, run.data, run.need
     facts |= {"calibration": {**data.facts, "fingerprint": data.fingerprint,
                               "passes_over_each_block": round(walk.passes / max(len(walk.blocks), 1), 3),
                               "hidden_states": "in files" if need.in_files else "in memory, and in files for resuming"},
               "memory": {"predicted_peak_mib": -(-need.peak >> 20)}}
     if journal.done:
         facts["resumed"] = {"at_block": len(journal.done), "seconds_before": journal.before}
-    if walk.suppressed: facts["outlier_suppression"] = tell_suppression(facts, walk, data)
+    if walk.suppressed: facts["outlier_suppression"] = tell_suppression(run, walk)
 
 def tell_suppression(
-    facts:dict,           # For the report
-    walk,                 # The `BlockLoop` that ran
-    data:CalibrationData, # The calibration text
+    run:Run, # With its calibration text
+    walk,    # The `BlockLoop` that ran
 ) -> dict:
     "What block by block suppressors did, beside what the report says of others."
     blocks = {index: dict(walk.suppressed[index]) for index in sorted(walk.suppressed)}
-    by, tokens = ", ".join(s.name for s in walk.suppressors), f"{data.facts['tokens']} tokens of the calibration text"
+    by, tokens = ", ".join(s.name for s in walk.suppressors), f"{run.data.facts['tokens']} tokens of the calibration text"
     sizes = model_sizes({index: found.pop("sizes", {}) for index, found in blocks.items()}, by, tokens)
-    before = facts.get("outlier_suppression", {})
+    before = run.facts.get("outlier_suppression", {})
     return before | {"blocks": blocks} | ({"sizes": [*before.get("sizes", ()), sizes]} if sizes else {})
 
 # %% ../../nbs/pipeline/calibrated.ipynb #1b13f73f
