@@ -33,7 +33,7 @@ def invert_triangle_(
 def reverse_(
     matrix:Tensor, # [n, n]
 ) -> Tensor:       # The same, with rows and columns in the opposite order
-    "Turn a matrix by half a turn, with room for a few rows only."
+    "Reverse rows and columns of a matrix, with room for a few rows only."
     n = len(matrix)
     for start in range(0, n // 2, 64):
         stop = min(start + 64, n // 2)

@@ -151,7 +151,7 @@ def sizes_in(value,           # of a configuration: a number, a list with one fo
 def layer_sizes(
     hf_config,  # a transformers configuration
 ) -> set[int]:
-    "The in_features and out_features that a decoder's Linears have, as far as its configuration tells."
+    "The in_features and out_features that a decoder's Linears have, as far as its configuration lists them."
     text = hf_config.get_text_config()
     def read(name): return sizes_in(getattr(text, name, None))
     heads = {count * width for count in read("num_attention_heads") for width in read("head_dim")}
@@ -247,7 +247,7 @@ def method_class() -> type:
 
 # %% ../../nbs/serving/plugin.ipynb #d0f1bbf5
 def register():
-    "Make vLLM know the method `llmquant`: the entry point in the group `vllm.general_plugins`."
+    "Register the method `llmquant` in vLLM: the entry point in the group `vllm.general_plugins`."
     from vllm.model_executor.kernels.linear import register_linear_kernel
     from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
     from vllm.platforms import current_platform
