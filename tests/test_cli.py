@@ -280,7 +280,7 @@ BAD = {
     "MODEL --no-resume --resume": "--no-resume and --resume contradict",
     "verify a --reference b --bound 1 --bound 2": "--bound is given twice",
     "MODEL --layer-wise": "--layer-wise has no effect without layers: minmax quantizes all of them",
-    "MODEL --set quantization.gptq.sym=true": "gptq is not in use (method: minmax); add --method gptq",
+    "MODEL --set quantization.gptq.sym=true": "gptq is not in use (method: minmax); use --method gptq",
     "MODEL --bits 4 --set bits=8": "--bits and --set bits contradict",
     "MODEL --bits 4 --set quantization.bits=8": "contradict",
     "MODEL --activation-bits 8 --set quantization.activations.bits=4":
@@ -559,14 +559,15 @@ def test_a_run_imports_what_it_needs(tmp_path):
     assert not {*RARELY} & {*read}, sorted({*RARELY} & {*read})
 
 
-def test_options_of_a_suppressor_that_is_not_in_use_are_refused_on_a_command_line():
+def test_options_of_a_suppressor_that_is_not_in_use_are_refused_on_a_command_line(tmp_path):
     "A file may hold them; said on a command line they would be dropped without a word."
-    given = {"quantization": {"smooth_quant": {"alpha": 0.5}}}
-    assert resolve(config=given).suppressor_options == {}
-    with pytest.raises(UsageError, match="smooth_quant is not in use .outlier_suppression: none.; add --outlier-suppr"):
+    file = tmp_path / "r.yaml"
+    file.write_text("quantization: {smooth_quant: {alpha: 0.5}}")
+    assert resolve(config_path=file).suppressor_options == {}
+    with pytest.raises(UsageError, match="smooth_quant is not in use .outlier_suppression: none.; use --outlier-suppr"):
         resolve({"quantization.smooth_quant.alpha": 0.5})
-    given = {"quantization": {"gptq": {"sym": True}, "hqq": {"lp_norm": 0.5}, "layer_wise": True}}
-    assert resolve(config=given).options == resolve().options
+    file.write_text("quantization: {gptq: {sym: true}, hqq: {lp_norm: 0.5}, layer_wise: true}")
+    assert resolve(config_path=file).options == resolve().options
     assert resolve({"quantization.hqq.lp_norm": 0.5, "method": "hqq"}).options["lp_norm"] == 0.5
 
 

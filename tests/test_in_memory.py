@@ -1,5 +1,7 @@
 "A model in memory gets what the same recipe gives a checkpoint, and refuses what the recipe refuses."
 import gc
+import re
+from pathlib import Path
 
 import pytest
 import tiny
@@ -10,10 +12,13 @@ import yaml
 from llmquant import quantize
 from llmquant.checkpoint.edited_source import with_edits
 from llmquant.core.errors import UsageError
+from llmquant.core.options import Option
 from llmquant.core.outlier_suppression_registry import BaseOutlierSuppressor, OutlierSuppressionRegistry
-from llmquant.core.quantizer_registry import QuantizerRegistry
+from llmquant.core.qtensor import round_to_grid
+from llmquant.core.quantizer_registry import BaseQuantizer, QuantizerRegistry
 from llmquant.in_memory.quant_linear import QuantLinear
 from llmquant.utils.config import resolve
+from llmquant.utils.recipe_keys import KEYS
 
 
 def linears(model): return {m.checkpoint_name: m for m in model.modules() if isinstance(m, QuantLinear)}
@@ -124,18 +129,125 @@ ODD = [{"model": {"device_map": "banana"}}, {"model": {"trust_remote_code": 1}},
        {"quantisation": {"bits": 4}, "quantization": {}}]
 
 
+def from_file(config, folder, model=None):
+    (folder / "r.yaml").write_text(yaml.safe_dump(config))
+    resolve(config_path=folder / "r.yaml")
+
+
+ENTRY_POINTS = {"file": from_file, "path": lambda config, folder, model: quantize("m", folder / "o", config=config),
+                "model": lambda config, folder, model: QuantizerRegistry.get("minmax")().quantize(model, config=config)}
+
+
+@pytest.fixture(scope="module")
+def untouched(): return tiny.build("llama", layers=1)
+
+
+def complaint(entry, config, folder, model):
+    "What an entry point says of a wrong recipe, without the file's name and line."
+    with pytest.raises(UsageError) as caught: ENTRY_POINTS[entry](config, folder, model)
+    assert not linears(model)
+    return re.sub(r"\S*r\.yaml:(\d+: )?", "", str(caught.value))
+
+
 @pytest.mark.parametrize("config", ODD, ids=str)
-def test_odd_values_are_refused_with_the_recipes_sentence(config):
-    model, minmax = tiny.build("llama", layers=1), QuantizerRegistry.get("minmax")()
-    with pytest.raises(UsageError) as recipe: resolve(config=config)
-    with pytest.raises(UsageError) as memory: minmax.quantize(model, group_size=32, config=config)
-    assert str(recipe.value) == str(memory.value) and not linears(model)
+def test_odd_values_are_refused_with_the_recipes_sentence(config, tmp_path, untouched):
+    "In a file, for a path and for a model in memory."
+    said = {complaint(entry, config, tmp_path, untouched) for entry in ENTRY_POINTS}
+    assert len(said) == 1, said
 
 
-def test_a_verification_that_nobody_would_make_is_refused():
-    with pytest.raises(UsageError, match="^output.verify: true, and this call writes nothing that could be verified"):
-        QuantizerRegistry.get("minmax")().quantize(tiny.build("llama", layers=1), group_size=32,
-                                                   config={"output": {"verify": True}})
+UNUSED = {"hqq": ({"lp_norm": 0.5}, "hqq is not in use (method: minmax); use method hqq, or leave it out"),
+          "smooth_quant": ({"alpha": 0.5}, "smooth_quant is not in use (outlier_suppression: none); "
+                                           "use outlier_suppression smooth_quant, or leave it out")}
+
+
+@pytest.mark.parametrize("name", UNUSED)
+def test_options_of_what_is_not_in_use(name, tmp_path, untouched):
+    "They would be dropped without a word: refused wherever they are given for this run; a file may hold them."
+    options, said = UNUSED[name]
+    (key, value), config = *options.items(), {"quantization": {name: options}}
+    for entry in ("path", "model"):
+        assert complaint(entry, config, tmp_path, untouched) == f"quantization.{name}.{key}: {said}"
+    with pytest.raises(UsageError, match=re.escape(f"quantization.{name}.{key}: {said}")):
+        quantize("m", tmp_path / "o", **{name: options})
+    with pytest.raises(UsageError, match=re.escape(f"--set quantization.{name}.{key}: {said.partition(';')[0]}")):
+        resolve({f"quantization.{name}.{key}": value})
+    from_file(config, tmp_path)
+
+
+OTHER = {"device_map": "cpu", "max_memory": "1GB", "format": "gptq", "container": "dense", "max_shard_size": "1GB"}
+
+
+@pytest.mark.parametrize("path", [key.path for key in KEYS if key.path and not key.in_memory])
+def test_keys_about_files_are_refused_in_memory(path, untouched):
+    "Unless they say what is so without them, as the guide's files do."
+    key = next(key for key in KEYS if key.path == path)
+    section, _, name = path.partition(".")
+    call = lambda value: resolve(config={section: {name: value}}, origin="call", quantizer=QuantizerRegistry.get("minmax")())
+    call(key.default)
+    value = OTHER.get(key.name, not key.default if key.type is bool else None)
+    if value is None or key.name == "save_quantization_config": return  # one legal value only
+    resolve(config={section: {name: value}})
+    with pytest.raises(UsageError, match=f"^{path} has no effect on a model in memory"):
+        QuantizerRegistry.get("minmax")().quantize(untouched, config={section: {name: value}})
+    assert not linears(untouched)
+
+
+@pytest.mark.parametrize("file", sorted((Path(__file__).parent.parent / "configs").glob("*.yaml")), ids=lambda file: file.stem)
+def test_a_shipped_file_means_the_same_in_memory(file):
+    document, plain = yaml.safe_load(file.read_text()), resolve(config_path=file)
+    memory = resolve(config=document, origin="call", quantizer=QuantizerRegistry.get(plain.method)())
+    assert {**vars(memory), "origins": 0} == {**vars(plain), "origins": 0}
+
+
+def test_layer_wise_alone_is_told_that_it_has_no_effect(tmp_path, untouched, caplog):
+    "Given for this run it is refused, and in a file the run says so."
+    said = "has no effect without layers: minmax quantizes all of them either way"
+    typed = f"quantization.layer_wise {said}; name layers such as 0,1,4-6, or leave it out"
+    config = {"quantization": {"layer_wise": True}}
+    for entry in ("path", "model"): assert complaint(entry, config, tmp_path, untouched) == typed
+    with pytest.raises(UsageError, match=re.escape(typed)): quantize("m", tmp_path / "o", layer_wise=True)
+    with pytest.raises(UsageError, match=re.escape(typed)):
+        QuantizerRegistry.get("minmax")().quantize(untouched, layer_wise=True)
+    with pytest.raises(UsageError, match=f"^--layer-wise {said}"): resolve({"layer_wise": True})
+    with caplog.at_level("INFO", "llmquant"): from_file(config, tmp_path)
+    assert [message.partition(": ")[2] for message in caplog.messages] == [f"quantization.layer_wise {said}"]
+
+
+@pytest.mark.parametrize("given", [{"target_layers": [1]}, {"target_layers": (n for n in [1]), "layer_wise": True},
+                                   {"config": {"quantization": {"layers": "1"}}}], ids=["call", "both", "document"])
+def test_layers_that_are_named_are_the_only_ones(given):
+    found = linears(QuantizerRegistry.get("minmax")().quantize(tiny.build("llama"), group_size=32, **given))
+    assert found and {name.split(".")[2] for name in found} == {"1"}
+
+
+def test_call_over_document_over_configured_over_default():
+    quantizer = QuantizerRegistry.get("minmax")().configure({"symmetric": True, "dynamic_range": "mse"})
+    config = {"quantization": {"bits": 3, "group_size": 64, "minmax": {"dynamic_range": "minmax"}}}
+    found = resolve({"bits": 8}, config=config, origin="call", quantizer=quantizer)
+    assert (found.bits, found.group_size, found.method) == (8, 64, "minmax")
+    assert (found.options["symmetric"], found.options["dynamic_range"], found.options["per_channel"]) == (True, "minmax", False)
+    names = "bits", "group_size", "method", "options.symmetric", "options.dynamic_range", "options.per_channel"
+    assert [found.origins[name] for name in names] == ["call", "config", "call", "configured", "config", "default"]
+
+
+def test_a_document_for_another_method_is_refused():
+    with pytest.raises(UsageError, match="^quantization.method: 'hqq', and the quantizer is 'minmax'; make them agree"):
+        QuantizerRegistry.get("minmax")().quantize(tiny.build("llama", layers=1), config={"quantization": {"method": "hqq"}})
+
+
+class Mine(BaseQuantizer):
+    name, options = "mine", (Option("factor", float, 1.0, minimum=0.1),)
+    def quantize_weight(self, weight, stats, scheme): return round_to_grid(weight * self.settings["factor"], scheme)
+
+
+@pytest.mark.parametrize("config", [{"factor": 2.0}, {"quantization": {"factor": 2.0}}, {"quantization": {"mine": {"factor": 2.0}}}])
+def test_a_class_that_is_not_registered_has_options_too(config):
+    plain, twice = (linears(Mine().quantize(tiny.build("llama", layers=1), 8, -1, config=given)) for given in (None, config))
+    for name in plain: torch.testing.assert_close(twice[name].dequantize(), 2 * plain[name].dequantize(), rtol=0.01, atol=1e-3)
+    with pytest.raises(UsageError, match="^quantization.mine.facter: unknown key, not an option of mine .symmetric, factor.; "
+                                         "did you mean 'quantization.mine.factor'"):
+        Mine().quantize(tiny.build("llama", layers=1), 8, -1, config={"facter": 2.0})
 
 
 class Transposing(BaseOutlierSuppressor):

@@ -21,6 +21,7 @@ from ..core.outlier_suppression_registry import check_order, defines, is_blockwi
 from ..core.quantizer_registry import BaseQuantizer
 from .calibrate import calibration_for
 from .model import ModelSource, _names, mark_edited, note_suppression, plan_model
+from ..utils.config import resolve
 from ..utils.logging import progress
 from ..sequential.block_source import for_model
 from ..sequential.decoder_loop import Storage, start_blocks
@@ -129,7 +130,7 @@ def suppress_model(
     planner.configure({"symmetric": True})
     _, adapter, source = plan_model(planner, model, 8, -1)
     check_supported(suppressor, adapter, source.config)
-    found = calibration_for(model, calibration_data, {}, suppressor.name if suppressor.needed_statistics() else "")
+    found = calibration_for(model, calibration_data, resolve(), suppressor.name if suppressor.needed_statistics() else "")
     undo, changed = remember(model), []
     try: _suppress_blocks(suppressor, planner, model, found.tokens, set(source.values), changed)
     except BaseException:

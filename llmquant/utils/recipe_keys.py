@@ -25,6 +25,7 @@ class Key(Option):
     flag: str = ""                  # Its flag; empty when it stands in files alone
     read: Callable|None = None      # Reads a value with a shape of its own: read(value, where)
     shapes: bool = True             # Whether the export depends on it; the rest concerns a single run
+    in_memory: bool = True          # Whether it means something for a model that is in memory; the rest is about files
 
     def check(self,
         value:Any,   # What was given
@@ -213,11 +214,11 @@ _QUANTIZATION = (
 _MODEL = (
     Key("trust_remote_code", bool, False, "run Python code that comes with the checkpoint"),
     Key("device_map", str, "auto", "where to compute: auto, cpu, cuda or cuda:N", flag="--device", read=read_device,
-        shapes=False),
+        shapes=False, in_memory=False),
     Key("torch_dtype", str, "auto", "type of the tensors that stay in float; auto keeps the checkpoint's",
         choices=("auto", "float16", "bfloat16", "float32"), flag="--torch-dtype"),
     Key("max_memory", str, None, "the most memory that a run may use, such as 8GiB; null or none for no ceiling",
-        flag="--max-memory", read=read_memory, shapes=False))
+        flag="--max-memory", read=read_memory, shapes=False, in_memory=False))
 _CALIBRATION = (
     Key("dataset", str, None, "calibration text: a file, a hub name, self, or a list of {dataset, weight, column}; "
         "null for a text that comes along, and for methods that need none",
@@ -230,23 +231,26 @@ _CALIBRATION = (
 
 # %% ../../nbs/utils/recipe_keys.ipynb #da04d1ee
 _OUTPUT = (
-    Key("save_format", str, "safetensors", "file format; pickles are not written", choices=("safetensors",)),
-    Key("save_quantization_config", bool, True, "always true: vLLM reads it", read=read_saved_config),
+    Key("save_format", str, "safetensors", "file format; pickles are not written", choices=("safetensors",), in_memory=False),
+    Key("save_quantization_config", bool, True, "always true: vLLM reads it", read=read_saved_config, in_memory=False),
     Key("format", str, "auto", "layout of the export; auto chooses one that vLLM loads",
-        flag="--format", read=read_format),
+        flag="--format", read=read_format, in_memory=False),
     Key("container", str, "auto", "2- and 3-bit codes as a dense stream or in 4-bit slots",
-        choices=("auto", "dense", "int4"), flag="--container"),
-    Key("max_shard_size", str, 5 * 10**9, "largest file, such as 5GB", flag="--max-shard-size", read=read_size),
-    Key("verify", bool, False, "prove the export before it takes its name", flag="--verify", shapes=False),
-    Key("overwrite", bool, False, "replace an export that exists, and no other folder", flag="--overwrite", shapes=False),
+        choices=("auto", "dense", "int4"), flag="--container", in_memory=False),
+    Key("max_shard_size", str, 5 * 10**9, "largest file, such as 5GB", flag="--max-shard-size", read=read_size,
+        in_memory=False),
+    Key("verify", bool, False, "prove the export before it takes its name", flag="--verify", shapes=False,
+        in_memory=False),
+    Key("overwrite", bool, False, "replace an export that exists, and no other folder", flag="--overwrite", shapes=False,
+        in_memory=False),
     Key("resume", bool, True, "go on with a run of the same recipe that was stopped", flag="--resume",
-        shapes=False),
+        shapes=False, in_memory=False),
     Key("quiet", bool, False, "say nothing that is not at least a warning: no progress, no summary", flag="--quiet",
         shapes=False))
 _COMMAND_LINE = (
     Key("model_path", str, None, "checkpoint folder, GGUF file or hub name (org/name, org/name@revision)",
-        flag="--model-path", shapes=False),
-    Key("output_path", str, None, "folder to write", flag="--output-path", shapes=False),
+        flag="--model-path", shapes=False, in_memory=False),
+    Key("output_path", str, None, "folder to write", flag="--output-path", shapes=False, in_memory=False),
     Key("verbose", bool, False, "debug logging", flag="--verbose", shapes=False))
 
 # %% ../../nbs/utils/recipe_keys.ipynb #c8864580

@@ -28,6 +28,11 @@ class Setting:
     method: str = ""  # The method or suppressor in whose section it stands
     section: str = "" # How the section `activations` was written, for its keys
 
+    @property
+    def in_file(self) -> bool:
+        "Whether it stands in a file, which may hold what this run does not use."
+        return self.origin.startswith("file ")
+
 # %% ../../nbs/utils/settings.ipynb #9824dff6
 def _section(
     value:Any,   # What stands under the section's name
@@ -88,11 +93,13 @@ def document_settings(
     lines:Mapping[str, int],  # Line of each dotted path, where there are lines
     source:str="",            # The file's name, where there is a file
     prefix:str="",            # What stands before a path on a command line
+    methods:Iterable[str]=(), # Names that have a section, beside the registered ones
 ) -> list[Setting]:           # In the order given
     "Flatten a document to its settings; an unknown section is an error."
     def where(path):
         return prefix + (f"{source}:{lines[path]}: " if path in lines else f"{source}: " if source else "") + path
-    methods, found = [*QuantizerRegistry.list_quantizers(), *OutlierSuppressionRegistry.list_suppressors()], []
+    methods = {*methods, *QuantizerRegistry.list_quantizers(), *OutlierSuppressionRegistry.list_suppressors()}
+    found = []
     for section, content in document.items():
         if section not in SECTIONS:
             lost = Setting(str(section), content, where(str(section)), origin)
