@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 # %% ../../nbs/models/base_adapter.ipynb #b60183ff
 from ..core.errors import UsageError, closest
+from ..core.names import natural_key
 from ..core.registry import by_name
 from .text_config import text_config
 from .expected import check_tensors, dense_shapes
@@ -115,6 +116,17 @@ def fused_table(self:Architecture) -> FusedTable: # of the checkpoint that was l
     table, why = served_table(vllm_folder(), tuple(filter(lambda name: isinstance(name, str), architectures)))
     table = table or FusedTable(self.fused, f"the adapter's table; {why}")
     return replace(table, joined={**self.joined, **table.joined})
+
+# %% ../../nbs/models/base_adapter.ipynb #d7a91e36
+@patch
+def expert_groups(self:Architecture,
+    sites: list,            # from `linear_sites`
+) -> list[tuple[str, ...]]: # module names, one tuple per list of experts
+    "Linears under one list of numbered experts, which vLLM keeps in one tensor, so that they must share a scheme."
+    lists = {}
+    for name in sorted((site.name for site in sites), key=natural_key):
+        if found := re.match(r"(.+\.experts)\.\d+\.", name): lists.setdefault(found[1], []).append(name)
+    return [tuple(members) for members in lists.values()]
 
 # %% ../../nbs/models/base_adapter.ipynb #b8df2df4
 @patch

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import gcd, prod
-import re
 from types import SimpleNamespace
 from fastcore.basics import patch
 import torch
@@ -197,16 +196,6 @@ def _check_blocks(target_layers:Iterable[int]|None, sites:Iterable) -> set|None:
                          f"this model has layers {min(present)} to {max(present)}")
     return set(target_layers)
 
-# %% ../../nbs/plan/plan.ipynb #b175ddb7
-def _expert_groups(
-    names:Iterable[str], # Of Linears
-) -> list[tuple[str, ...]]: # The members of each list of experts
-    "Layers under one list of numbered experts."
-    lists = {}
-    for name in names:
-        if found := re.match(r"(.+\.experts)\.\d+\.", name): lists.setdefault(found[1], []).append(name)
-    return [tuple(members) for members in lists.values()]
-
 # %% ../../nbs/plan/plan.ipynb #abbb9a16
 def _check_fused(
     groups:Iterable,                # Names of layers that vLLM fuses
@@ -297,7 +286,7 @@ def make_plan(
     grids = _override_grids(overrides, scheme, quantizer, bits, group_size, dtype)
     sites = adapter.linear_sites(config, {name: tuple(shape) for name, (_, shape) in tensors.items()})
     layers = _layer_plans(sites, scheme, grids, overrides, _check_blocks(target_layers, sites))
-    groups, fused = [*adapter.fused_groups(sites), *_expert_groups(l.name for l in layers)], fused_table(adapter)
+    groups, fused = [*adapter.fused_groups(sites), *adapter.expert_groups(sites)], fused_table(adapter)
     layout = None
     if schemes := list(dict.fromkeys(l.scheme for l in layers if l.scheme)):
         layout = _choose_format(format, container, quantizer, scheme if scheme in schemes else schemes[0], schemes,
