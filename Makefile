@@ -1,4 +1,4 @@
-# make demo | test | fuzz | docs | lab | matrix | measure | methods | hooks ; see the README. Second runs reuse what is there.
+# make demo | test | slow | fuzz | docs | lab | matrix | measure | methods | hooks ; see the README. Second runs reuse what is there.
 PYTHON ?= python3
 VENV ?= .venv
 CHECK_VENV ?= .check-venv
@@ -14,11 +14,12 @@ STAMPS := $(VENV)/.stamps
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test fuzz notebooks docs lab matrix measure methods sync hooks check-env clean
+.PHONY: help install demo test slow fuzz notebooks docs lab matrix measure methods sync hooks check-env clean
 
 help:
 	@echo "make demo     quantize a real language model, prove it in vLLM, print and plot what it cost"
 	@echo "make test     sync check, notebook tests, pytest"
+	@echo "make slow     the notebooks' cells flagged slow, on the demo's model and in vLLM: methods compared on real layers"
 	@echo "make fuzz     ten minutes of mutated inputs, none of which may end in a traceback (FUZZ_ARGS='--seed 7')"
 	@echo "make docs     the documentation site in _docs/, and README.md (STRICT=1: warnings are errors; KATEX=folder: formulas offline)"
 	@echo "make lab      JupyterLab on the notebooks"
@@ -83,6 +84,9 @@ demo: $(STAMPS)/package
 test: $(STAMPS)/dev $(CHECK_VENV)/.stamp
 	@$(PY) tools/sync.py --check
 	@$(PY) -m pytest $(PYTEST_ARGS) tests
+
+slow: $(STAMPS)/dev
+	@$(PY) tools/run_nbs.py --test --flags slow $(NOTEBOOKS)
 
 fuzz: $(STAMPS)/dev
 	@$(PY) tools/fuzz.py $(FUZZ_ARGS)

@@ -1,12 +1,16 @@
 """Run notebooks, each in its own process, and store what they print, so that the pages show what the code really does.
 
-Cells that carry a test flag (`#| slow`, ...) are skipped and keep the outputs they had, unless `--flags` names the
-flag. With `--test` nothing is written. An output that holds a path of this machine is refused: it changes by the run.
+Each is a fork of one process that has imported what most of them import. Cells that carry a test flag (`#| slow`, ...)
+are skipped and keep the outputs they had, unless `--flags` names the flag. With `--test` nothing is written. An output
+that holds a path of this machine is refused: it changes by the run.
 """
 import argparse
+import gc
+import importlib
 import os
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 
 from execnb.nbio import read_nb, write_nb
@@ -19,6 +23,8 @@ from nbdev.process import NBProcessor
 
 QUIET = {"IN_TEST": "1", "TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "MPLBACKEND": "agg",
          "TOKENIZERS_PARALLELISM": "false", "COLUMNS": "120"}
+SHARED = ("matplotlib.pyplot", "nbdev.showdoc", "pydantic", "torch", "transformers.models.auto.modeling_auto",
+          "transformers.models.llama.modeling_llama")
 
 
 def is_skipped(cell, flags):
@@ -26,6 +32,12 @@ def is_skipped(cell, flags):
     directives = cell.directives_
     return (cell.cell_type != "code" or "nbdev_export(" in cell.source or bool(flags & directives.keys())
             or directives.get("eval:", [""])[0].lower() == "false")
+
+
+def flagged(notebook, flags):
+    "How many cells of `notebook` carry one of `flags`."
+    cells = NBProcessor(notebook).nb.cells
+    return sum(cell.cell_type == "code" and bool(flags & cell.directives_.keys()) for cell in cells)
 
 
 def text_of(output):
@@ -66,29 +78,64 @@ def run(notebook, flags, store, root):
     write_nb(raw, notebook)
 
 
+def import_shared():
+    "Import what notebooks share. A fork has one thread, so this process must not have more."
+    for name in SHARED:
+        importlib.import_module(name)
+    threads = len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 1
+    if threads > 1:
+        raise SystemExit(f"{threads} threads run after importing {', '.join(SHARED)}: a fork would lose them")
+    gc.freeze()
+
+
+def run_in_fork(notebook, *options):
+    "Whether `notebook` ran through, in a fork of this process."
+    child = os.fork()
+    if child == 0:
+        try:
+            run(notebook.absolute(), *options)
+        except BaseException:
+            traceback.print_exc()
+            leave(1)
+        leave(0)
+    return not os.waitpid(child, 0)[1]
+
+
+def leave(status):
+    "End this process without the interpreter's end, at which compiled packages print what they leaked."
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 def main():
     "Run notebooks one by one."
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paths", nargs="*", help="notebooks or folders; all notebooks by default")
+    parser.add_argument("paths", nargs="*", help="notebooks or folders; by default all, or all that have cells with "
+                        "--flags; - reads them from lines")
     parser.add_argument("--flags", default="", help="test flags to run that are normally skipped, separated by spaces")
     parser.add_argument("--test", action="store_true", help="run only, store nothing")
     given = parser.parse_args()
     cfg = get_config()
-    skip = set(cfg.tst_flags.split()) - set(given.flags.split())
+    wanted = set(given.flags.split())
+    skip = set(cfg.tst_flags.split()) - wanted
     os.environ.update(QUIET)
     sys.path.insert(0, str(cfg.config_path))
+    asked = map(str.strip, sys.stdin) if given.paths == ["-"] else given.paths or [cfg.nbs_path]
+    notebooks = (n for path in asked for n in sorted(nbglob(path, as_path=True)))
+    if wanted and not given.paths:
+        notebooks = [n for n in notebooks if flagged(n, wanted)]
     failed = []
-    for notebook in [n for path in given.paths or [cfg.nbs_path] for n in sorted(nbglob(path, as_path=True))]:
-        child = os.fork()
-        if child == 0:
-            run(notebook.absolute(), skip, not given.test, cfg.config_path)
-            sys.stdout.flush()
-            os._exit(0)
-        if os.waitpid(child, 0)[1]:
-            failed.append(notebook.stem)
-        print("failed" if notebook.stem in failed else "ran", notebook.name, flush=True)
+    if len(given.paths) != 1 or given.paths == ["-"]:
+        import_shared()
+    for notebook in notebooks:
+        good = run_in_fork(notebook, skip, not given.test, cfg.config_path)
+        failed += [] if good else [notebook.stem]
+        cells = f" with {flagged(notebook, wanted)} cells flagged {given.flags}" if wanted else ""
+        print("ran" if good else "failed", f"{notebook.name}{cells}", flush=True)
     if failed:
-        sys.exit(f"failed: {', '.join(failed)}")
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    leave(bool(failed))
 
 
 if __name__ == "__main__":
