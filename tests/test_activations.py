@@ -1,6 +1,6 @@
 """Quantized activations: the simulation against vLLM's own operations, and exports against a real vLLM.
 
-The exports are written here by hand, weight by weight, so that nothing but grids, formats and the proof is tried.
+The exports are written here by hand, weight by weight, so that nothing but schemes, formats and the verification is tried.
 """
 import importlib.util
 import json
@@ -137,8 +137,8 @@ def dropped(tensors, config): del tensors[f"{DOWN}.input_scale"]
 
 
 @pytest.mark.parametrize("fault, said", [(louder, "SHA-256 differs"), (moved, "SHA-256 differs"),
-                                         (unsigned, "SHA-256 differs"), (symmetric, "vLLM is told"),
-                                         (without, "vLLM is told"), (packed, "format is"),
+                                         (unsigned, "SHA-256 differs"), (symmetric, "for its inputs"),
+                                         (without, "for its inputs"), (packed, "format is"),
                                          (dropped, "input_scale: the export has no such tensor")])
 def test_planted_faults(folder, tmp_path, fault, said):
     "What would compute another model is found in the files."
@@ -352,7 +352,7 @@ def test_served(folder, answers, name):
     without = divergence(served_model.forced_logits(bare, prompts), said)
     print(f"{name}: {said.dtype}, KL {figures['mean_kl']:.2e}, without activation grid {without:.2e}")
     assert served_check.objection(figures, said.dtype) == ""
-    assert figures["linear_error_without_grid"] > 4 * figures["linear_bound"]
+    assert figures["linear_error_without_activation_quantization"] > 4 * figures["linear_bound"]
     if torch.cuda.is_available(): return
     taken = {PER_TOKEN in kernel for kernel in said.kernels.values()}
     assert taken == {AMX and symmetric_integers(name)}
@@ -374,7 +374,7 @@ def test_a_missing_grid_fails(folder, answers, name):
     def served(y): return y.to(getattr(torch, said.dtype)).float().numpy()
     with torch.no_grad(): missing = {n: (x, served(output(n, x))) for n, (x, _) in said.linears.items()}
     figures = served_check.compare(folder/name, prompts, replace(said, linears=missing))
-    assert "by other inputs than those on its grid" in served_check.objection(figures, said.dtype)
+    assert "by other inputs than the quantized ones" in served_check.objection(figures, said.dtype)
 
 
 @needs_vllm
@@ -428,7 +428,7 @@ def test_served_by_name(answers):
 @needs_vllm
 @pytest.mark.parametrize("amx", [pytest.param("", marks=WITH_AMX), "0"])
 def test_verify_chooses_the_dtype(folder, monkeypatch, amx):
-    "The whole proof, by itself, with AMX where there is some and without."
+    "The whole verification, by itself, with AMX where there is some and without."
     if amx: monkeypatch.setenv("LLMQUANT_CPU_AMX", amx)
     found = verification.verify(folder/"two_groups", folder/"base")["vllm"]
     other = "float16" if torch.cuda.is_available() else "float32"
@@ -447,7 +447,7 @@ RECIPES = {"static": ({"dynamic": False, "symmetric": False}, {}),
 @needs_vllm
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe(tmp_path, name):
-    "The same through the front door: calibrated, exported, proven."
+    "The same through the entry point: calibrated, exported, verified."
     base = tiny.make("qwen2", tmp_path/"base")
     tiny_tokenizer.save(base)
     activations, more = RECIPES[name]

@@ -146,7 +146,7 @@ def test_a_broken_tensor_is_named(checkpoints, tmp_path, name, method):
     with pytest.raises(UsageError, match=said) as error:
         quantize(path, tmp_path / "out", method, bits=4, group_size=32, **KEYS)
     note, = error.value.__notes__
-    assert "1 finished block kept in" in note and "the same command goes on" not in note
+    assert "1 finished block kept in" in note and "the same command resumes" not in note
 
 
 def test_another_model_with_the_same_ends_does_not_go_on(checkpoints, tmp_path, monkeypatch):

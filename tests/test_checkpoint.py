@@ -97,7 +97,7 @@ FAULTS = {
     "hub code": (lambda f: rewrite(f / "config.json", model_type="own", auto_map={"A": "m.M"}), "trust_remote_code"),
     "link to nothing": (lambda f: (f / "vocab.txt").symlink_to("nowhere"), "vocab.txt: is a link to a file that does not"),
     "two GGUFs": (lambda f: [p.unlink() for p in f.iterdir()] and [(f / f"{n}.gguf").touch() for n in "ab"], "2 GGUF"),
-    "fake GGUF": (lambda f: [p.unlink() for p in f.iterdir()] and (f / "a.gguf").write_text("x"), "begin like a GGUF"),
+    "fake GGUF": (lambda f: [p.unlink() for p in f.iterdir()] and (f / "a.gguf").write_text("x"), "start like a GGUF"),
     "nothing": (lambda f: [p.unlink() for p in f.iterdir()], "it holds nothing"),
 }
 

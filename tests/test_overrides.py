@@ -221,7 +221,7 @@ def in_our_words(config):
 
 
 @pytest.mark.parametrize("fault", [in_vllms_words, in_our_words])
-def test_a_wrong_entry_in_config_json_fails_the_proof(fault, folder, tmp_path):
+def test_a_wrong_entry_in_config_json_fails_verification(fault, folder, tmp_path):
     shutil.copytree(folder/"w4w8", tmp_path/"faulty")
     file = tmp_path/"faulty"/"config.json"
     config = json.loads(file.read_text())

@@ -112,7 +112,7 @@ def test_a_server_that_is_wrong_in_one_dtype(folder, monkeypatch):
 def test_a_server_that_is_always_wrong(folder, monkeypatch):
     dtypes = ("float16", "bfloat16", "float32")
     text, _ = verify(folder, monkeypatch, {(name, dtype) for name in ("w4", "base") for dtype in dtypes})
-    assert "the export is not to blame (vLLM computes " in text
+    assert "the export is not at fault (vLLM computes " in text
     assert text.endswith("no dtype is right here, so verify elsewhere")
 
 
@@ -120,7 +120,7 @@ CANNOT = "vLLM cannot serve it (KeyError: "
 
 
 def test_an_export_that_cannot_be_loaded(folder, monkeypatch):
-    "The float reference loads in that dtype: vLLM's words, and the export is to blame."
+    "The float reference loads in that dtype: vLLM's words, and the export is at fault."
     text, asked = verify(folder, monkeypatch, (), refused={("w4", "float16")})
     assert text == f"the export: {CANNOT}the export/float16); the float reference, served in the same way, is right"
     assert [dtype for name, dtype, _ in asked if name == "base"] == ["float16", "bfloat16", "float32"]
@@ -133,7 +133,7 @@ def test_a_server_that_can_load_neither(folder, monkeypatch):
     "Another dtype is taken where there is one; where there is none, or the user named his, the server is named."
     refused = {("w4", "float16"), ("base", "float16")}
     why = ("the server: the float reference, served in the same way, is not right either: "
-           f"{CANNOT}the reference/float16); the export is not to blame ({CANNOT}the export/float16)); ")
+           f"{CANNOT}the reference/float16); the export is not at fault ({CANNOT}the export/float16)); ")
     found, _ = verify(folder, monkeypatch, (), refused=refused)
     assert found["dtype"] == "bfloat16" and found["mean_kl"] <= found["bound"]
     assert found["served_again"] == f"{why}it is right in bfloat16, so verify in that"

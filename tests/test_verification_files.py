@@ -1,4 +1,4 @@
-"""The part of the proof that needs no vLLM: what stands beside the weights, wrong references, damaged files."""
+"""The part of the verification that needs no vLLM: what stands beside the weights, wrong references, damaged files."""
 import hashlib
 import json
 import re
@@ -193,10 +193,10 @@ def test_quantization_config_against_tensors_and_report(name, folder, tmp_path):
         found = config["quantization_config"]
         if "dynamic" in found: found["dynamic"][f"-:^(?:{re.escape(LAYER)})$"] = {}
         else: found["ignore" if "ignore" in found else "modules_to_not_convert"].append(LAYER)
-    for edit, expected in ((group_size, "config.json says group_size 64, and each of the 8 scales"),
+    for edit, expected in ((group_size, "config.json has group_size 64, and each of the 8 scales"),
                            (scheme, "quantization_config.llmquant_scheme is"),
                            (method, "quantization_config.llmquant_method is"),
-                           (ignore, f"layer {LAYER}: is quantized, and config.json says that it was left in float")):
+                           (ignore, f"layer {LAYER}: is quantized, and config.json lists it as left in float")):
         export = edited(folder/name, tmp_path/edit.__name__, edit=edit)
         for reference in (None, folder/"base"): assert expected in message(VerificationError, export, reference)
 
@@ -297,7 +297,7 @@ def test_headers_are_limited(folder, tmp_path):
     with open(file, "wb") as sparse:
         sparse.write((200_000_000).to_bytes(8, "little"))
         sparse.truncate(300_000_000)
-    assert "its length says 200000000 bytes, 100000000 are allowed" in message(UsageError, export)
+    assert "its length field is 200000000 bytes, 100000000 are allowed" in message(UsageError, export)
     with pytest.raises(UsageError, match="header of 200000000 bytes is longer than the 100000000"):
         read_safetensors(export)
     text = json.dumps(header).encode()
@@ -338,7 +338,7 @@ def test_messages_never_name_the_partial_folder(folder, tmp_path, monkeypatch):
     assert message(VerificationError, partial) == f"the export: {refused}"
     found = message(VerificationError, partial, folder/"base")   # the float reference is refused in the same words
     assert found == ("the server: the float reference, served in the same way, is not right either: "
-                     f"{refused}; the export is not to blame ({refused}); no dtype is right here, so verify elsewhere")
+                     f"{refused}; the export is not at fault ({refused}); no dtype is right here, so verify elsewhere")
     (partial/"config.json").write_text("{")
     assert message(UsageError, partial).startswith(f"{tmp_path/'out'}/config.json: ")
 

@@ -1,4 +1,4 @@
-"""Exports in a real vLLM: every door of the plugin, what a stock vLLM does, and faults that the proof must see.
+"""Exports in a real vLLM: every entry of the plugin, what a stock vLLM does, and faults that the verification must see.
 
 Two children are started, one with plugins and one without; each loads all of its models.
 """
@@ -190,7 +190,7 @@ def test_planted_faults_move_vllm_a_hundredfold_over_the_bound(fault, folder, pl
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_planted_faults_fail_the_proof(fault, folder):
+def test_planted_faults_fail_verification(fault, folder):
     with pytest.raises(VerificationError, match=r"layer model\.layers\.\d.*: what is in the files is not what was computed"):
         verification.verify(folder/fault.__name__, folder/"base")
 
@@ -201,7 +201,7 @@ def test_a_stock_vllm(folder, stock, prompts):
     if not torch.cuda.is_available(): assert "cannot implement" in stock["w8", None].error
 
 
-def test_moved_weights_and_float_tensors_fail_the_proof(folder, tmp_path):
+def test_moved_weights_and_float_tensors_fail_verification(folder, tmp_path):
     moved = edited(folder/"base", tmp_path/"moved", lambda t: t["model.layers.1.mlp.up_proj.weight"][3, 5].add_(1))
     with pytest.raises(VerificationError, match="layer model.layers.1.mlp.up_proj: a weight moved by"):
         verification.check_files(folder/"w4", moved)

@@ -1,4 +1,4 @@
-"""The demo: a real model, quantized, proven in vLLM, measured. usage: demo.py FOLDER
+"""The demo: a real model, quantized, verified in vLLM, measured. usage: demo.py FOLDER
 
 Writes FOLDER/base (the model in bfloat16), FOLDER/minmax-w4g64 (its export), FOLDER/plots and FOLDER/perplexity.json.
 """

@@ -16,10 +16,10 @@ same weights, and fails at twice that. `plugin` rows ask for `quantization="minm
 made them; `stock` rows run without plugins, wherever vLLM has a kernel of its own for that layout on that platform.
 
 Rows with outlier suppressors start from a model with strong outliers (tests/outliers.py); for outlier_suppression_v2
-`shifts` counts the sites that got a shift. Rows with a grid for activations are served in float32 on a CPU without AMX
+`shifts` counts the sites that got a shift. Rows with activation quantization are served in float32 on a CPU without AMX
 and must tell the simulation of that grid from none: the same bound against the simulation and more than it against
 weights alone, and on vLLM's own inputs every Linear within 1e-5 of the simulation and further from weights alone. The
-integer kernels of CUDA and AMX know half precision only, in which a divergence proves nothing: there each Linear must
+integer kernels of CUDA and AMX support half precision only, in which a divergence shows nothing: there each Linear must
 be within 1e-3 of the simulation of that kernel (FP8: 5e-3, its sums are coarse), or a fifth of what its grid does, and
 further from weights alone.
 
@@ -191,7 +191,7 @@ def suppressed():
 
 
 def activations():
-    "Weights of 8 bits with a grid for activations, as they are and after suppressors."
+    "Weights of 8 bits with activation quantization, as they are and after suppressors."
     static, mixed = "int8 tensor", "int8 tensor, down_proj token"
     made = [("llama", "", "", "minmax", inputs) for inputs in INPUTS]
     made += [("qwen2", "", "", "minmax", static), ("qwen3", "tied", "", "minmax", "int8 token")]
@@ -332,11 +332,11 @@ def with_grid(job, said, found):
 
     bare = load(job.path, torch.float32, "cpu", getattr(torch, said.dtype), activations=False)
     without = divergences(forced_logits(bare, job.prompts), said)[0].mean().item()
-    proves = found["linear_error_without_grid"] > found["linear_bound"]
-    proves &= said.dtype != "float32" or without > BOUND
-    figures = {"mean_kl_without_grid": float(f"{without:.3g}"), "passed": found["passed"] and proves}
-    if not proves:
-        figures["error"] = f"the row proves nothing: a reference without the grid is as near as one with it ({found})"
+    shows = found["linear_error_without_activation_quantization"] > found["linear_bound"]
+    shows &= said.dtype != "float32" or without > BOUND
+    figures = {"mean_kl_without_activation_quantization": float(f"{without:.3g}"), "passed": found["passed"] and shows}
+    if not shows:
+        figures["error"] = f"the row shows nothing: a reference without activation quantization is as near as one with it ({found})"
     return figures
 
 

@@ -67,10 +67,10 @@ def main():
     parser.add_argument("--windows", type=int, default=16)
     given = parser.parse_args()
     from llmquant.core.quantizer_registry import QuantizerRegistry
-    from llmquant.evaluation.demo import smollm2, take_off_grid_
+    from llmquant.evaluation.demo import smollm2, take_off_levels_
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = smollm2()
-    take_off_grid_(model)
+    take_off_levels_(model)
     model.to(device)
     tokens = lambda path: torch.tensor(tokenizer(path.read_text(encoding="utf-8"), verbose=False)["input_ids"])
     ids = tokens(given.calibration)[:given.windows * 512].view(-1, 512)

@@ -25,10 +25,10 @@ def model_and_ids(folder, blocks, windows, length):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from llmquant.evaluation.demo import demo_text, smollm2, take_off_grid_
+    from llmquant.evaluation.demo import demo_text, smollm2, take_off_levels_
     if not folder:
         model, tokenizer = smollm2()
-        take_off_grid_(model)
+        take_off_levels_(model)
         del model.model.layers[blocks:]
         model.config.num_hidden_layers = blocks
     else:

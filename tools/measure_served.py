@@ -80,11 +80,11 @@ def simulated(out, said, given, bench):
     import torch
 
     from llmquant import load
-    from llmquant.evaluation.served_linears import per_token_places, put_on_served_grids
+    from llmquant.evaluation.served_linears import per_token_places, quantize_inputs_as_served_
 
     served_in = getattr(torch, said["dtype"])
     model = load(out, torch.float32, given.device, served_in, activations=False)
-    put_on_served_grids(model, out, per_token_places(said["kernels"], said["parts"]), served_in)
+    quantize_inputs_as_served_(model, out, per_token_places(said["kernels"], said["parts"]), served_in)
     return bench.perplexity(model)
 
 

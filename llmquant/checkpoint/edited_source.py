@@ -18,7 +18,7 @@ class EditedSource:
     "A checkpoint of which some tensors are edited while they are read."
     source: object                                             # Anything with `tensor(name)`; a checkpoint has more
     config: dict                                               # config.json of the transformed checkpoint
-    tensors: dict                                              # All tensor names, with what the source says of each
+    tensors: dict                                              # All tensor names, with what the source lists of each
     edits: Mapping[str, Callable[[Callable[[str], Tensor]], Tensor]] # Tensor name to its edit
 
     @property

@@ -174,14 +174,14 @@ def kept(
     "What is kept, where, and for whom."
     stays = f"{counted(journal)} kept in {journal.partial}"
     if isinstance(error, PASSING) or not isinstance(error, Exception):
-        return f"{stays}, and the same command goes on from there"
+        return f"{stays}, and the same command resumes from there"
     return f"{stays}, for the same command when the cause is mended; --no-resume discards them"
 
 @patch
 def leave(self:PartialFolder,
     error:BaseException, # gets a note when something is kept
 ):
-    "Keep what is complete and what a journal can go on with, and say where; delete everything else."
+    "Keep what is complete and what a journal can resume, and report where; delete everything else."
     if not self._open: return
     if self.complete: note = self._keep_complete()
     elif self.journal is None or not self.journal.blocks: return self.discard()
@@ -255,7 +255,7 @@ def publish(self:ExportFolder):
 
 @patch
 def reject(self:ExportFolder):
-    "Leave the folder under OUT.failed, for whoever wants to know why; a failed export there is replaced."
+    "Leave the folder under OUT.failed, for whoever wants to find out why; a failed export there is replaced."
     with self.guarded(): self._move(failed_name(self.output), True)
 
 @patch

@@ -20,7 +20,7 @@ from ..core.errors import UsageError
 # %% ../../nbs/checkpoint/gguf.ipynb #296ddb35
 @dataclass(frozen=True)
 class GGUFTensor:
-    "What a header knows about one tensor."
+    "What a header stores of one tensor."
     name: str # in the file
     type: int # ggml's number of the block type
     shape: tuple # of int, rows first as torch has it
@@ -177,7 +177,7 @@ def _placed(
     from gguf import GGML_QUANT_SIZES
     name, shape, number, offset = entry
     if number not in GGML_QUANT_SIZES:
-        raise UsageError(f"{path}: tensor {name} has type {type_name(number)}, which the package gguf does not know; "
+        raise UsageError(f"{path}: tensor {name} has type {type_name(number)}, which the package gguf does not support; "
                          "install a newer gguf, or give a file in another type, such as Q8_0")
     block, width = GGML_QUANT_SIZES[number]
     if not shape or shape[-1] % block: raise _damaged(path, f"tensor {name}: {list(shape)} is not whole blocks of {block}")
@@ -196,7 +196,7 @@ def read_gguf_header(
     try: file = open(path, "rb")
     except OSError as error: raise UsageError(f"{path}: cannot be read ({error.strerror}); see to the file") from None
     with file:
-        if file.read(4) != b"GGUF": raise UsageError(f"{path}: does not begin like a GGUF; fetch the file again")
+        if file.read(4) != b"GGUF": raise UsageError(f"{path}: does not start like a GGUF; fetch the file again")
         cursor = _Cursor(file)
         cursor.at = 4
         version, tensors, keys = _counts(cursor)

@@ -144,17 +144,17 @@ def as_configured(
     divisors, # `rope_freqs.weight`
     config, # of transformers
 )->bool:
-    "Whether divisors do no more than stop the features that full attention does not turn by the configuration."
+    "Whether divisors do no more than stop the features that full attention does not rotate by the configuration."
     rope = (getattr(config, "rope_parameters", None) or {}).get("full_attention") or {}
     divisors = torch.as_tensor(divisors)
-    turned = round(len(divisors) * rope.get("partial_rotary_factor", 1))
-    return bool((divisors[:turned] == 1).all() and (divisors[turned:] > 1e20).all())
+    rotated = round(len(divisors) * rope.get("partial_rotary_factor", 1))
+    return bool((divisors[:rotated] == 1).all() and (divisors[rotated:] > 1e20).all())
 
 # %% ../../nbs/checkpoint/gguf_config.ipynb #ea6d43c9
 def rotated_features(
     config, # of transformers
 )->int|None: # None where a model has several rotary embeddings, or none
-    "How many features of a head turn."
+    "How many features of a head are rotated."
     rope = getattr(config, "rope_parameters", None) or {}
     heads, hidden = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
     if not heads or not hidden or isinstance(rope.get("full_attention"), dict): return None

@@ -216,7 +216,7 @@ def write_tokenizer(
     path:Path, # of the .gguf file
     folder:Path, # receives tokenizer.json, tokenizer_config.json and a chat template
 ):
-    "The file's tokenizer under names that every reader knows."
+    "The file's tokenizer under names that every reader looks for."
     from transformers import PreTrainedTokenizerFast
     try:
         with _alone(path) as place:

@@ -83,7 +83,7 @@ def read_blocks(
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: is damaged ({error}); discard the unfinished run with --no-resume") from None
     if odd := [line for line, block in enumerate(blocks, 1) if not _tells_of_block(block)]:
-        raise UsageError(f"{path}: is damaged (line {odd[0]} tells of no block); discard the unfinished run with "
+        raise UsageError(f"{path}: is damaged (line {odd[0]} names no block); discard the unfinished run with "
                          "--no-resume")
     return blocks, sum(len(line) + 1 for line in lines)
 
@@ -117,7 +117,7 @@ class Journal:
 def note(self:Journal,
     name:str, # of the tensor
 ):
-    "A tensor was written; the next line will say so."
+    "A tensor was written; the next line will list it."
     self._wrote.add(name)
 
 @patch
@@ -147,7 +147,7 @@ def close(self:Journal):
 
 # %% ../../nbs/checkpoint/journal.ipynb #d454e275
 @patch(cls_method=True)
-def begin(cls:Journal,
+def start(cls:Journal,
     partial:Path, # the run's folder
     identity:dict|None, # what was asked, as plain values; None for a run that keeps no journal
 )->Journal:
@@ -164,7 +164,7 @@ def begin(cls:Journal,
 # %% ../../nbs/checkpoint/journal.ipynb #6ea81ac1
 @patch
 def load(self:Journal)->Journal:
-    "Read what the run had done; `UsageError` when the next block's inputs are not as the last line says."
+    "Read what the run had done; `UsageError` when the next block's inputs are not as the last line lists them."
     if not (self.place / IDENTITY).exists(): return self # the run kept none
     self.blocks, self._size = read_blocks(self.place / BLOCKS)
     for name, size in self.blocks[-1]["inputs"].items() if self.blocks else ():
@@ -178,7 +178,7 @@ def load(self:Journal)->Journal:
 def differs(self:Journal,
     identity:dict, # what is asked now
 )->str: # "" when it is the same
-    "How the run that began this journal differs from what is asked now, see `differences`."
+    "How the run that started this journal differs from what is asked now, see `differences`."
     path = self.place / IDENTITY
     try: there = json.loads(path.read_text())
     except ValueError as error:

@@ -19,7 +19,7 @@ def block_of_scale(
     shape:tuple, # of the codes, [..., out_features, in_features]
     scale:tuple, # shape of the scale
     known:tuple=(128, 128), # rows and columns of a block
-)->tuple: # how many values along each dimension share a scale; () where the shapes do not say
+)->tuple: # how many values along each dimension share a scale; () where the shapes do not show it
     "The block that each scale is for."
     if prod(scale) == 1: return shape
     if len(scale) == 1 and scale[0] == shape[0]: return (1, *shape[1:])
@@ -119,7 +119,7 @@ def find_scaled(
             raise UsageError(f"{where}: tensor {name} is {_short(info)}, and a scale {mine[0]} lies beside it; it is not "
                              "known whether they are to be multiplied, give the unquantized checkpoint")
         elif not info.dtype.is_floating_point and info.dtype != torch.bool and matrix and name.endswith(_PACKED):
-            raise UsageError(f"{where}: tensor {name} holds integers ({_short(info)}), and config.json does not say what "
+            raise UsageError(f"{where}: tensor {name} holds integers ({_short(info)}), and config.json does not declare what "
                              "they mean; give the unquantized checkpoint")
     return found
 
@@ -127,14 +127,14 @@ def find_scaled(
 def without_scales(
     tensors:dict, # name -> TensorInfo
     scaled:dict, # from `find_scaled`, not empty
-    said, # the dtype that config.json names, or None
+    named, # the dtype that config.json names, or None
 )->dict: # name -> TensorInfo
     "The table of tensors with products in the place of codes."
     gone = {scale for scales in _scales_of(tensors).values() for scale in scales}
     gone |= {name for name in tensors if name.endswith(_UNUSED)}
     wide = {info.dtype for name, info in tensors.items() if info.dtype.is_floating_point and info.dtype.itemsize > 1
             and name not in gone}
-    wanted = getattr(torch, said, None) if isinstance(said, str) else None
+    wanted = getattr(torch, named, None) if isinstance(named, str) else None
     if wanted not in (torch.bfloat16, torch.float16, torch.float32):
         wanted = wide.pop() if len(wide) == 1 else torch.bfloat16
     product = lambda info: replace(info, dtype=wanted, nbytes=prod(info.shape) * wanted.itemsize)

@@ -30,7 +30,7 @@ SAFETENSORS_WORDS = {dtype: word for word, dtype in SAFETENSORS_DTYPES.items()}
 # %% ../../nbs/checkpoint/shard.ipynb #4b6c99ca
 @dataclass(frozen=True)
 class TensorInfo:
-    "What a header knows about one tensor."
+    "What a header stores of one tensor."
     dtype: torch.dtype # in which it is stored
     shape: tuple # of int
     file: str # name of the shard inside the checkpoint's folder
@@ -99,7 +99,7 @@ def _header_json(
     if head == b"version ":
         raise UsageError(f"{file.name}: is a Git LFS pointer and not the file itself; run `git lfs pull` in its folder")
     length = struct.unpack("<Q", head)[0]
-    if length > HEADER_LIMIT: raise _damaged(file.name, f"its length says {length} bytes, {HEADER_LIMIT} are allowed")
+    if length > HEADER_LIMIT: raise _damaged(file.name, f"its length field is {length} bytes, {HEADER_LIMIT} are allowed")
     if length > size - 8: raise UsageError(f"{file.name}: truncated inside its header; fetch the file again")
     text = bytearray(length)
     _fill_(memoryview(text), file, 8)
@@ -127,7 +127,7 @@ def _entry(
         raise _damaged(path, f"tensor {name} must have dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in SAFETENSORS_DTYPES:
-        raise UsageError(f"{path}: tensor {name} has dtype {dtype}; this reader knows {', '.join(SAFETENSORS_DTYPES)}")
+        raise UsageError(f"{path}: tensor {name} has dtype {dtype}; this reader supports {', '.join(SAFETENSORS_DTYPES)}")
     if not isinstance(shape, list) or not all(map(_is_count, shape)):
         raise _damaged(path, f"tensor {name} has shape {shape}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):

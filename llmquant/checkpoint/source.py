@@ -107,7 +107,7 @@ def _read_index(
 def _read_headers(
     folder:Path, # of the checkpoint
 )->dict: # tensor name -> TensorInfo, natural order
-    "All tensors of all shards; every name in the index must be where the index says."
+    "All tensors of all shards; every name in the index must be where the index puts it."
     named = _read_index(folder)
     files = sorted(set(named.values())) or [SINGLE]
     missing = [file for file in files if not (folder / file).exists()]
@@ -117,7 +117,7 @@ def _read_headers(
     headers = {file: read_header(folder / file) for file in files}
     for name, file in named.items():
         if name not in headers[file]:
-            raise UsageError(f"{folder / INDEX}: says that tensor {name} lies in {file}, which does not hold it; "
+            raise UsageError(f"{folder / INDEX}: maps tensor {name} to {file}, which does not hold it; "
                              "fetch the checkpoint again")
     found = {name: (file, info) for file, header in headers.items() for name, info in header.items()}
     found |= {name: (file, headers[file][name]) for name, file in named.items()}
@@ -216,14 +216,14 @@ def conversion_bytes(self:CheckpointSource)->int:
 # %% ../../nbs/checkpoint/source.ipynb #9972816b
 @patch
 def unscale_(self:CheckpointSource,
-    block=None, # rows and columns of a block of scales, where config.json says it
+    block=None, # rows and columns of a block of scales, where config.json gives it
 ):
     "Read float8 codes as what they mean; `UsageError` for a tensor that nobody can read."
     sizes = tuple(block) if isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block) else ()
     if not (found := find_scaled(self.stored, self.origin, *[sizes] * bool(sizes))): return
-    said = [part.get(key) for part in (self.config, self.config.get("text_config")) if isinstance(part, dict)
+    named = [part.get(key) for part in (self.config, self.config.get("text_config")) if isinstance(part, dict)
             for key in ("dtype", "torch_dtype")]
-    self.tensors = without_scales(self.stored, found, next(filter(None, said), None))
+    self.tensors = without_scales(self.stored, found, next(filter(None, named), None))
     self.scaled, self.dtype = found, main_dtype(self.tensors, self.origin)
     logger.warning("%s: %d tensors hold float8 codes and are read as codes times scales; %d tensors of scales are left "
                    "out", self.origin, len(found), len(self.stored) - len(self.tensors))
@@ -495,7 +495,7 @@ def _refuse_unusable(
         raise UsageError(f"{source.origin}: is already quantized ({method}, tensor {coded}); give the unquantized "
                          "checkpoint")
     if section and not source.scaled:
-        logger.warning("%s: config.json says %s, and the weights are of 16 bits or more; the section quantization_config "
+        logger.warning("%s: config.json declares %s, and the weights are of 16 bits or more; the section quantization_config "
                        "is left out", source.origin, method)
     if not trust_remote_code and _needs_hub_code(source.config):
         raise UsageError(f"{source.origin}: model type {source.config.get('model_type')!r} exists only as Python code "

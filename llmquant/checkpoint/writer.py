@@ -60,16 +60,16 @@ class Shards:
         name:str, # of the tensor
         tensor:torch.Tensor, # with the dtype and shape of the layout
     )->TensorInfo:
-        "Where a tensor belongs; refuses one that the layout does not know like this."
+        "Where a tensor belongs; refuses one that the layout does not list like this."
         place = self.places.get(name)
         if place is None: raise LLMQuantError(f"tensor {name} is not in the export's layout; add it there first")
         if (tensor.dtype, tuple(tensor.shape)) != (place.dtype, place.shape):
-            raise LLMQuantError(f"tensor {name} is {tensor.dtype} {tuple(tensor.shape)}, the layout says {place.dtype} "
+            raise LLMQuantError(f"tensor {name} is {tensor.dtype} {tuple(tensor.shape)}, the layout has {place.dtype} "
                                 f"{place.shape}; the format's pack and layout must agree")
         return place
 
     def index(self)->dict:
-        "What model.safetensors.index.json says."
+        "The contents of model.safetensors.index.json."
         names = sorted(self.places, key=natural_key)
         return {"metadata": {"total_size": self.total}, "weight_map": {name: self.places[name].file for name in names}}
 
@@ -94,7 +94,7 @@ def adopt(self:Shards,
         path = folder / file
         if (not path.is_file() or path.stat().st_size != self.sizes[file]
                 or path.open("rb").read(len(header)) != header):
-            raise UsageError(f"{path}: is not the shard that this run would go on with; discard the unfinished "
+            raise UsageError(f"{path}: is not the shard that this run would resume; discard the unfinished "
                              "run with --no-resume")
     self.missing -= written
 
@@ -118,7 +118,7 @@ class ExportWriter(ExportFolder):
 
     @property
     def written(self)->set: # of names
-        "Tensors that need not be written, in this run or in the one it goes on with."
+        "Tensors that need not be written, in this run or in the one that it resumes."
         return self.shards.places.keys() - self.shards.missing
 
     def publish(self):

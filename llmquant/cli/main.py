@@ -38,7 +38,7 @@ class _Value(argparse.Action):
         setattr(namespace, self.dest, value)
 
 class _Switch(argparse.BooleanOptionalAction):
-    "A flag that can be turned off as well."
+    "A flag that can be switched off as well."
     def __call__(self, parser, namespace, value, flag=None):
         _once(self, flag, not flag.startswith("--no-"))
         super().__call__(parser, namespace, value, flag)
@@ -94,7 +94,7 @@ def _typed(
 def _assignments(
     given:Sequence[str], # KEY=VALUE each
 ) -> dict[str, Any]:     # Dotted path to value
-    "What `--set` says."
+    "What `--set` gives."
     values = {}
     for text in given:
         path, equals, value = text.partition("=")
@@ -189,7 +189,7 @@ def _concerns_export(
     return True
 
 def _verify(arguments) -> str:
-    "Prove an export: its bits against what was computed, its logits in vLLM against the dequantized model."
+    "Verify an export: its bits against what was computed, its logits in vLLM against the dequantized model."
     bound = None if arguments.bound is None else parse_yaml(arguments.bound, "--bound")[0]
     if arguments.bound is not None and (type(bound) not in (int, float) or not isfinite(bound) or bound <= 0):
         raise UsageError(f"--bound: {arguments.bound!r} is no positive number; give a mean KL divergence such as 1e-4")
@@ -197,7 +197,7 @@ def _verify(arguments) -> str:
     from llmquant.evaluation.verification import verify
     from llmquant.export.export import REPORT, verdict_writer
     from llmquant.export.report import verdict
-    from llmquant.cli.summary import proof_text
+    from llmquant.cli.summary import verification_text
     put = verdict_writer(Path(arguments.export).expanduser())
     try: found = verify(Path(arguments.export), arguments.reference, bound=bound, stock=arguments.stock or None,
                         require_vllm=arguments.stock or bound is not None)
@@ -205,7 +205,7 @@ def _verify(arguments) -> str:
         if _concerns_export(arguments): put(error)
         raise
     where = f"{'' if put(found) else 'not '}written into {REPORT}"
-    return "" if arguments.quiet else f"{verdict(found)}\n{proof_text(found, arguments.verbose)}{where}\n"
+    return "" if arguments.quiet else f"{verdict(found)}\n{verification_text(found, arguments.verbose)}{where}\n"
 
 # %% ../../nbs/cli/main.ipynb #3b1f722a
 def _make_parser() -> tuple[_Parser, dict[str, _Parser]]: # The whole command, and each verb's parser
@@ -218,7 +218,7 @@ def _make_parser() -> tuple[_Parser, dict[str, _Parser]]: # The whole command, a
         parsers[verb] = verbs.add_parser(verb, help=function.__doc__, description=function.__doc__, allow_abbrev=False)
         parsers[verb].set_defaults(function=function, verb=verb)
         if verb in ("quantize", "check"): _add_recipe_flags(parsers[verb])
-        else: _add_loudness(parsers[verb], quiet=verb == "verify")
+        else: _add_verbosity(parsers[verb], quiet=verb == "verify")
     parsers["info"].add_argument("path", metavar="PATH", help="a checkpoint or an export")
     _add_verify_flags(parsers["verify"])
     return parser, parsers
@@ -226,14 +226,14 @@ def _make_parser() -> tuple[_Parser, dict[str, _Parser]]: # The whole command, a
 # %% ../../nbs/cli/main.ipynb #fcf904a9
 _VERBS: dict[str, Callable] = {"quantize": _quantize, "check": _check, "verify": _verify, "info": _info, "list": _list}
 
-def _add_loudness(
+def _add_verbosity(
     parser:argparse.ArgumentParser, # Of a verb without a recipe
     quiet:bool,                     # Whether it can be silent
 ):
     "--verbose or --quiet."
-    loudness = parser.add_mutually_exclusive_group()
-    loudness.add_argument("--verbose", action="store_true", help="say more")
-    if quiet: loudness.add_argument("--quiet", action="store_true", help="say nothing; the exit status says it")
+    verbosity = parser.add_mutually_exclusive_group()
+    verbosity.add_argument("--verbose", action="store_true", help="log more")
+    if quiet: verbosity.add_argument("--quiet", action="store_true", help="print warnings and errors only; the exit status is the answer")
 
 def _add_verify_flags(parser:argparse.ArgumentParser):
     "The flags of `verify`."
@@ -279,7 +279,7 @@ def _clean_stop():
 def _print(
     text:str, # For stdout
 ) -> int:     # The exit status
-    "Print, and say so in one line where that is not possible."
+    "Print, or report in one line that it is not possible."
     encoding = sys.stdout.encoding or "utf-8"
     try:
         sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding)) # names of files may be no UTF-8
@@ -293,7 +293,7 @@ def _print(
 # %% ../../nbs/cli/main.ipynb #e04a01b9
 def _complain(
     text:str,            # What happened
-    error:BaseException, # Its notes are told as well
+    error:BaseException, # Its notes are printed as well
 ):
     "One line on stderr."
     line = "; ".join([text, *getattr(error, "__notes__", ())]).replace("\n", " ").rstrip()

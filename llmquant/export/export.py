@@ -61,7 +61,7 @@ class ExportSink:
         name:str,      # In the checkpoint
         tensor:Tensor, # In the dtype of the export
     ):
-        "Write a tensor that a method changed; the proof must know it."
+        "Write a tensor that a method changed; the verification needs its digest."
         self.writer.write(name, tensor)
         self.edited[name] = digest(raw_bytes(tensor))
 
@@ -152,7 +152,7 @@ class ExportedModel:
 def _seconds_since(
     wall:float,                 # `time.perf_counter()` at the start
     cpu:float,                  # `time.process_time()` then
-    before:Mapping[str, float], # What the runs took that this one goes on with
+    before:Mapping[str, float], # What the runs took that this one resumes
 ) -> dict[str, float]:
     "Time for the report, to the millisecond."
     seconds = {"wall": round(time.perf_counter() - wall, 3), "cpu": round(time.process_time() - cpu, 3)}
@@ -222,8 +222,8 @@ def verify_partial(
     writer:ExportWriter,            # Finished, not yet published
     report:dict,                    # As written
     verify:Callable[[Path], dict],  # Raises `VerificationError`
-) -> dict:                          # What the proof found
-    "Run the proof, and write what it found into the report."
+) -> dict:                          # What the verification found
+    "Run the verification, and write what it found into the report."
     found = verify(writer.folder)
     writer.write_text(REPORT, to_yaml(with_verdict(report, found)))
     return found
@@ -232,7 +232,7 @@ def verify_partial(
 def verdict_writer(
     folder:Path, # A published export that is about to be verified
 ) -> Callable:   # Takes what `verify` found or why it failed, and returns whether the report has it now
-    "Lets the report say how a later verification ended; one that has changed meanwhile is left alone."
+    "Writes into the report how a later verification ended; one that has changed meanwhile is left alone."
     file, fresh, before = Path(folder)/REPORT, Path(folder)/f".{REPORT}.{os.getpid()}", None
     with suppress(OSError, ValueError): before = file.read_bytes()
     def put(found:Mapping[str, Any]|Exception) -> bool:
@@ -258,10 +258,10 @@ def kept_complete(
     except BaseException as error:
         writer.leave(error)
         known = str(error) if isinstance(error, LLMQuantError) else f"{type(error).__name__}: {error}"
-        said = " ".join(known.split())
-        text = to_yaml({**report, "verdict": f"failed: {said}"})
+        reason = " ".join(known.split())
+        text = to_yaml({**report, "verdict": f"failed: {reason}"})
         with suppress(OSError): (writer.folder/REPORT).write_text(text, encoding="utf-8")
         if not isinstance(error, Exception): raise
         if not isinstance(error, LLMQuantError): logger.debug("what went wrong", exc_info=error)
         kind = VerificationError if isinstance(error, VerificationError) else LLMQuantError
-        raise kind(f"{said} (the export is complete and lies in {writer.folder})") from error
+        raise kind(f"{reason} (the export is complete and lies in {writer.folder})") from error

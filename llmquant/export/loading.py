@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKED_ENDINGS', 'FORMATS', 'PARTS', 'packed_layers', 'export_format', 'container_of', 'packed_shape',
-           'checked_shape', 'dequantized', 'float_tensors', 'stored_input_grids', 'put_inputs_on_grids', 'open_any',
+           'checked_shape', 'dequantized', 'float_tensors', 'stored_input_qparams', 'quantize_inputs_', 'open_any',
            'model_config', 'load']
 
 # %% ../../nbs/export/loading.ipynb #c2b83751
@@ -38,7 +38,7 @@ FORMATS = {"compressed-tensors": "compressed_tensors", "gptq": "gptq", "awq": "a
 def export_format(quantization_config: dict,  # of an export's config.json
                   where,                      # the export, for the message
                   ) -> BaseFormat:
-    "The format that packed an export; `scheme_of` tells each layer's grid."
+    "The format that packed an export; `scheme_of` gives each layer's scheme."
     kind, scheme = quantization_config.get("quant_method"), quantization_config.get("llmquant_scheme")
     if str(kind) not in FORMATS or not scheme:
         raise UsageError(f"{where}: was not quantized by llmquant (quant_method {kind!r}, no llmquant_scheme); "
@@ -66,8 +66,8 @@ PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "
 # %% ../../nbs/export/loading.ipynb #fe7c1b17
 def packed_shape(source: CheckpointSource,  # an export
                  layer: str,                # one of its quantized layers
-                 bits: int,                 # of its grid
-                 ) -> tuple[int, int]:      # 0 where the tensors do not say it
+                 bits: int,                 # of its scheme
+                 ) -> tuple[int, int]:      # 0 where the tensors do not show it
     "out_features and in_features of a packed layer."
     shapes = {part: source.tensors[name].shape for part in PARTS if (name := f"{layer}.{part}") in source.tensors}
     if shapes.get("weight_shape") == (2,): return tuple(source.tensor(f"{layer}.weight_shape").tolist())
@@ -116,30 +116,30 @@ def float_tensors(source: CheckpointSource,           # an export, or a plain ch
     packed = {f"{layer}.{part}" for layer in layers for part in PARTS}
     state = {name: served(name, source.tensor(name)) for name in source.tensors if name not in packed}
     if not layers: return state
-    packing, grid = export_format(quantization_config, source.path), partial(scheme_of, quantization_config)
-    weights = {f"{layer}.weight": dequantized(source, layer, packing, grid(layer)) for layer in layers}
-    whole = {f"{layer}.weight" for layer in layers if grid(layer).activations}  # kernels multiply these as integers
+    packing, scheme = export_format(quantization_config, source.path), partial(scheme_of, quantization_config)
+    weights = {f"{layer}.weight": dequantized(source, layer, packing, scheme(layer)) for layer in layers}
+    whole = {f"{layer}.weight" for layer in layers if scheme(layer).activations}  # kernels multiply these as integers
     return state | {name: weight if name in whole else served(name, weight) for name, weight in weights.items()}
 
 # %% ../../nbs/export/loading.ipynb #edef686d
-def stored_input_grids(source: CheckpointSource,  # an export, or a plain checkpoint
+def stored_input_qparams(source: CheckpointSource,  # an export, or a plain checkpoint
                 ) -> dict[str, tuple]:     # layer -> scheme of its activations, scale and zero point or None
-    "The grids of the inputs."
-    config, grids = source.config.get("quantization_config"), {}
+    "Scheme, scale and zero point of the inputs."
+    config, found = source.config.get("quantization_config"), {}
     for layer in packed_layers(source.tensors) if config else ():
         if (scheme := scheme_of(config, layer).activations) is None: continue
         parts = [f"{layer}.input_scale", f"{layer}.input_zero_point"]
-        grids[layer] = scheme, *(source.tensor(part) if part in source.tensors else None for part in parts)
-    return grids
+        found[layer] = scheme, *(source.tensor(part) if part in source.tensors else None for part in parts)
+    return found
 
 # %% ../../nbs/export/loading.ipynb #9d3b38c6
-def put_inputs_on_grids(model,         # a transformers model
-                        grids: dict,   # what `stored_input_grids` gave
+def quantize_inputs_(model,         # a transformers model
+                        qparams: dict, # what `stored_input_qparams` gave
                         where,         # the export, for the message
                         ):
     "Hooks in front of the Linears that have quantized inputs."
     modules = dict(model.named_modules())
-    for layer, (scheme, scale, zero) in grids.items():
+    for layer, (scheme, scale, zero) in qparams.items():
         if layer not in modules:
             raise UsageError(f"{where}: {layer} is no module of its own in transformers, so its activations cannot be "
                              "simulated here; load it with activations=False")
@@ -181,14 +181,14 @@ def load(path: str | Path,                        # an export, a plain checkpoin
          device: str | torch.device | None = None,  # where to put it; the CPU when not given
          served_in: torch.dtype | None = None,    # round the weights to this dtype first, as a server would hold them
          trust_remote_code: bool = False,         # allow code from the hub
-         activations: bool = True,                # put inputs on their grid where the export says so, as a server does
+         activations: bool = True,                # quantize inputs where the export asks for it, as a server does
          ):
     "The dequantized model in transformers, in eval mode."
     from transformers import AutoModelForCausalLM
     with closing(open_any(path, trust_remote_code)) as source:
         check_counts(source.config, {name: info.shape for name, info in source.tensors.items()})
         config = model_config(source, trust_remote_code)
-        grids = stored_input_grids(source) if activations else {}
+        qparams = stored_input_qparams(source) if activations else {}
         state = float_tensors(source, served_in or (source.dtype if packed_layers(source.tensors) else None))
         with library_errors(f"{path}: transformers cannot make a model of it", "fetch or make it again"):
             with torch.device("meta"):
@@ -198,5 +198,5 @@ def load(path: str | Path,                        # an export, a plain checkpoin
                                                  output_loading_info=True)
     if missing := sorted(report["missing_keys"]):
         raise UsageError(f"{path}: holds no tensor for {missing[0]} ({len(missing)} missing); fetch or make it again")
-    put_inputs_on_grids(model, grids, path)
+    quantize_inputs_(model, qparams, path)
     return model.eval().to(device or "cpu")

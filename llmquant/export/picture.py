@@ -65,7 +65,7 @@ def _draw_blocks(axes, blocks: Mapping[int, Mapping]):
     axes.set(yscale="log", xlabel="block", ylabel="largest channel / median")
     every = [value for value in (*worst["before"], *worst["after"], *left) if not isnan(value)]
     plain_log(axes.yaxis, max(every) / max(min(every), 1))
-    axes.set_title("the input of each block that stands out most", fontsize=9)
+    axes.set_title("largest outlier channel of each block's inputs", fontsize=9)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", alpha=0.25)
     axes.legend(frameon=False, fontsize=8)

@@ -24,7 +24,7 @@ from ..sequential.layer import LayerResult
 PROCESS_STATUS = "/proc/self/status" # Linux only
 
 def peak_memory_mib() -> int|None: # None where the platform does not count
-    "The largest resident size of this process so far, in MiB; Linux's `ru_maxrss` begins with that of the parent."
+    "The largest resident size of this process so far, in MiB; Linux's `ru_maxrss` starts with that of the parent."
     status = Path(PROCESS_STATUS)
     lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else ()
     if peak := next((line for line in lines if line.startswith("VmHWM:")), ""): return int(peak.split()[1]) >> 10
@@ -43,10 +43,10 @@ def _by_reason(layers:Iterable[LayerPlan]) -> dict[str, list[str]]:
 NOT_VERIFIED = "not verified"
 
 def verdict(
-    proof:Mapping[str, Any], # What `verify` found
+    found:Mapping[str, Any], # What `verify` found
 ) -> str:
     "The verification in one line."
-    served = proof.get("vllm")
+    served = found.get("vllm")
     if not isinstance(served, Mapping): return "verified: files; vLLM is not installed"
     return (f"verified: files, and served by vLLM {served.get('version')} with mean KL {served.get('mean_kl')} "
             f"(at most {served.get('bound')})")
@@ -65,7 +65,7 @@ def make_report(
     plan:Plan,                    # What was done
     results:list[LayerResult],    # What each layer gave
     promises_step:bool,           # Whether no weight may have moved by more than a step
-    facts:Mapping[str, Any],      # recipe, model, seconds: what only the caller knows
+    facts:Mapping[str, Any],      # recipe, model, seconds: what only the caller has
 ) -> dict:
     "The report as plain values."
     layers = {r.layer.name: {"scheme": str(r.layer.scheme), "shape": [r.layer.out_features, r.layer.in_features],

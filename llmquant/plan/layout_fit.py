@@ -16,7 +16,7 @@ ROOMY = 1024 # A multiple of everything that formats and kernels ask for
 
 def shape_objection(
     format:BaseFormat,  # The layout
-    scheme:QuantScheme, # The layer's grid
+    scheme:QuantScheme, # The layer's scheme
     out_features:int,   # Rows
     in_features:int,    # Columns
 ) -> str:               # "" when it can, with some group size, or when no shape would do

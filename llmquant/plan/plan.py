@@ -39,7 +39,7 @@ class LayerPlan:
     out_features: int            # Rows
     in_features: int             # Columns
     block: int|None              # Decoder layer it belongs to
-    scheme: QuantScheme|None     # Its grid; None leaves it in float
+    scheme: QuantScheme|None     # Its quantization scheme; None leaves it in float
     reason: str = ""             # Why it is left in float
 
 # %% ../../nbs/plan/plan.ipynb #eb34c967
@@ -50,16 +50,16 @@ class Plan:
     layers: tuple[LayerPlan, ...]# Every Linear, in natural order
     kept: Mapping[str, tuple]    # Tensors copied: name to (dtype in the export, shape)
     dtype: torch.dtype           # The export's dtype
-    scheme: QuantScheme|None     # The recipe's grid, that of layers without an override; None for 16 bits
+    scheme: QuantScheme|None     # The recipe's scheme, that of layers without an override; None for 16 bits
     format: BaseFormat|None      # The layout; None for 16 bits
     stored_bytes: int            # Size of the checkpoint, on disk where it has files
-    fused_by: str = ""           # Who says what vLLM fuses, for the report
+    fused_by: str = ""           # Where the table of fused layers comes from, for the report
     other_names: tuple[str, ...] = () # Under which vLLM looks for some of the layers left in float
     server_notes: tuple[str, ...] = () # What vLLM's class does otherwise than the model
 
     @cached_property
     def quantized(self) -> list[LayerPlan]:
-        "Layers that get a grid."
+        "Layers that are quantized."
         return [l for l in self.layers if l.scheme]
 
     @cached_property
@@ -84,12 +84,12 @@ def ignored(self:Plan) -> list[LayerPlan]:
 
 @patch(as_prop=True)
 def overrides(self:Plan) -> dict[str, QuantScheme]:
-    "Quantized layers on another grid than `scheme`."
+    "Quantized layers with another scheme than `scheme`."
     return {l.name: l.scheme for l in self.quantized if l.scheme != self.scheme}
 
 @patch(as_prop=True)
 def schemes(self:Plan) -> list[QuantScheme]:
-    "Every grid in use, once, the first layer's first."
+    "Every scheme in use, once, the first layer's first."
     return list(dict.fromkeys(l.scheme for l in self.quantized))
 
 # %% ../../nbs/plan/plan.ipynb #f83c3f8c
@@ -131,8 +131,8 @@ WHERE = "quantization.overrides"
 
 def _layer_plans(
     sites:Iterable,                   # From the adapter
-    scheme:QuantScheme|None,          # The recipe's grid; None for 16 bits
-    grids:Sequence[QuantScheme|None], # Each override's grid, None to leave its layers in float
+    scheme:QuantScheme|None,          # The recipe's scheme; None for 16 bits
+    schemes:Sequence[QuantScheme|None], # Each override's scheme, None to leave its layers in float
     overrides:Sequence[Override],     # The recipe's
     blocks:set|None,                  # Decoder layers asked for; None for all
 ) -> tuple[LayerPlan, ...]:           # In natural order
@@ -142,22 +142,22 @@ def _layer_plans(
         if not reason and scheme is None: reason = "16 bits"
         if not reason and blocks is not None and site.block not in blocks: reason = "not among the layers asked for"
         i = speaking(overrides, site.name)
-        grid = scheme if i is None else grids[i]
-        if not reason and grid is None: reason = OVERRIDE
-        return LayerPlan(site.name, site.out_features, site.in_features, site.block, None if reason else grid, reason)
+        own = scheme if i is None else schemes[i]
+        if not reason and own is None: reason = OVERRIDE
+        return LayerPlan(site.name, site.out_features, site.in_features, site.block, None if reason else own, reason)
     return tuple(one(s) for s in sorted(sites, key=lambda s: natural_key(s.name)))
 
 # %% ../../nbs/plan/plan.ipynb #4d6c9648
 OVERRIDE = "override" # The reason of a layer that an override leaves in float
 
-def _override_grids(
+def _override_schemes(
     overrides:Sequence[Override],    # The recipe's
-    scheme:QuantScheme|None,         # The recipe's grid; None for 16 bits
+    scheme:QuantScheme|None,         # The recipe's scheme; None for 16 bits
     quantizer,                       # Configured
     bits:int, group_size:int,        # The recipe's
     dtype:torch.dtype,               # The export's
 ) -> list[QuantScheme|None]:         # None leaves the layers in float
-    "The grid of each override."
+    "The scheme of each override."
     if overrides and scheme is None:
         raise UsageError(f"{WHERE}: bits 16 leaves every weight as it is; to quantize some layers only, give the bits "
                          "that they should have and begin the list with {match: '.*', skip: true}")
@@ -182,7 +182,7 @@ def _check_groups(
 def _by(
     i:int|None, # Index of an override
 ) -> str:
-    "Who gave a layer its grid."
+    "Which override or rule gave a layer its scheme."
     return "" if i is None else f" (by {WHERE}[{i}])"
 
 # %% ../../nbs/plan/plan.ipynb #07e2d72d
@@ -230,8 +230,8 @@ def _choose_format(
     asked:str,                    # A format's name, or "auto"
     container:str,                # See `make_plan`
     quantizer,                    # Configured
-    scheme:QuantScheme,           # The recipe's grid
-    schemes:Sequence[QuantScheme],# All grids in use
+    scheme:QuantScheme,           # The recipe's scheme
+    schemes:Sequence[QuantScheme],# All schemes in use
     fused:Mapping[str, tuple],    # vLLM's names of fused weights to the ends of their parts' names
 ) -> BaseFormat:
     "The layout of the export."
@@ -246,21 +246,21 @@ def other_names(
     adapter,                    # Of this model
     layers:Iterable[LayerPlan], # All that were planned
 ) -> tuple[str, ...]:
-    "Further names of the layers left in float, where an adapter knows any."
+    "Further names of the layers left in float, where an adapter lists any."
     known = getattr(adapter, "other_names", None)
     return tuple(known([l.name for l in layers if not l.scheme])) if known else ()
 
 def server_notes(
     adapter, # Of this model
 ) -> tuple[str, ...]: # Sentences, mostly none
-    "What vLLM's class does otherwise than the model, where an adapter knows."
+    "What vLLM's class does otherwise than the model, where an adapter lists it."
     known = getattr(adapter, "server_notes", None)
     return tuple(known()) if known else ()
 
 def fused_table(
     adapter, # Of this model
 ):           # With `joined` and `origin`
-    "What an adapter knows about fusing; one of another package may know less."
+    "What an adapter declares about fused layers; one of another package may declare less."
     table = getattr(adapter, "fused_table", None)
     return table() if table else SimpleNamespace(joined={}, origin="the adapter's own groups")
 
@@ -283,9 +283,9 @@ def make_plan(
     if bits != 16: quantizer.check_bits(bits)
     dtype, overrides = export_dtype(stored, torch_dtype), read_overrides(overrides, WHERE)
     scheme = None if bits == 16 else quantizer.make_scheme(bits, group_size, dtype)
-    grids = _override_grids(overrides, scheme, quantizer, bits, group_size, dtype)
+    own = _override_schemes(overrides, scheme, quantizer, bits, group_size, dtype)
     sites = adapter.linear_sites(config, {name: tuple(shape) for name, (_, shape) in tensors.items()})
-    layers = _layer_plans(sites, scheme, grids, overrides, _check_blocks(target_layers, sites))
+    layers = _layer_plans(sites, scheme, own, overrides, _check_blocks(target_layers, sites))
     groups, fused = [*adapter.fused_groups(sites), *adapter.expert_groups(sites)], fused_table(adapter)
     layout = None
     if schemes := list(dict.fromkeys(l.scheme for l in layers if l.scheme)):

@@ -248,7 +248,7 @@ def _handed_to(call:BlockCall, before:list[BlockCall], carried:tuple) -> Iterato
         yield name, keys[0]
 
 def _plain(call:BlockCall, carried:tuple):
-    "No argument is an object that nobody knows how to keep."
+    "No argument is an object of a class that cannot be stored."
     for name, value in call.values.items():
         if name.startswith(carried) or isinstance(value, (*PLAIN, dict)): continue
         raise _Refused(f"{spoken_name(name)} of block {call.index} is a {type(value).__name__}, and only tensors, "

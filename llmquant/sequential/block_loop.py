@@ -20,7 +20,7 @@ from ..core.statistics import LayerStats
 from ..plan.plan import LayerPlan, Plan
 from .activation_quantization import static_parameters
 from .block_source import BlockInputs, BlockSource
-from .block_view import BlockView, _swapped, grids_of, quantized_inputs
+from .block_view import BlockView, _swapped, input_quantizers, quantized_inputs
 from .hidden_states import Activations
 from .input_groups import Enough, input_groups, watching
 from .layer import cast, check_finite, quantize_layer, quantize_stack
@@ -36,7 +36,7 @@ class BlockLoop:
     entry: BlockInputs           # How its blocks are called
     stream: Activations          # Hidden states of the quantized model, in front of the block at hand
     in_float: Activations        # Those of the float model; the same object until the first weight is quantized
-    next_activations: Callable[[str, int], Activations] # (stream's name, block) to a place for its inputs
+    next_activations: Callable[[str, int], Activations] # ("quantized" or "float", block) to a place for its inputs
     groups: dict = field(default_factory=dict)  # Which Linears of a block share inputs, by the names inside the block
     repeated: dict = field(default_factory=dict) # Which of them are called more than once in a pass, by the same key
     called_twice: set = field(default_factory=set) # The same of the block at hand, by full names
@@ -47,14 +47,14 @@ class BlockLoop:
 
     @property
     def wanted(self) -> tuple[str, ...]:
-        "What is measured for quantization: what the method needs, ranges for static grids, maxima after a suppressor."
+        "What is measured for quantization: what the method needs, ranges for static activation scales, maxima after a suppressor."
         static = any(l.scheme.activations and not l.scheme.activations.dynamic for l in self.plan.quantized)
         more = (("range",) if static else ()) + (("maxima",) if self.suppressors else ())
         return (*self.quantizer.needed_statistics(), *more)
 
     @property
     def corrects(self) -> bool:
-        "Whether the float stream is needed."
+        "Whether the float activations are needed."
         return "cross" in self.wanted
 
 # %% ../../nbs/sequential/block_loop.ipynb #ae7f1c95
@@ -91,7 +91,7 @@ def feed(self:BlockLoop,
     index:int,           # Which block
     block:nn.Module,     # Filled, with the weights to use
     stream:Activations,  # Its inputs
-    name:str,            # The stream's, "quantized" or "float"
+    name:str,            # "quantized" or "float"
     out:Activations|None=None, # Where they go; a new place when not given
 ) -> Activations:        # Its outputs: the next block's inputs
     "Run all calibration text through a block."
@@ -129,7 +129,7 @@ def last_of(self:BlockLoop,
 def measure(self:BlockLoop,
     index:int, block:nn.Module,      # The block
     leaders:Mapping[str, nn.Module], # One Linear of each group, in the order of the pass
-    keep:Activations|None=None,      # Where the outputs of the float stream go, if somebody needs them
+    keep:Activations|None=None,      # Where the outputs with float activations go, if they are needed
     floats:Mapping|None=None,        # Linears that are quantized already: module to its weight in float
     wanted:tuple|None=None,          # Statistics; those that quantization needs when not given
 ) -> dict[str, LayerStats]:          # By the same names
@@ -170,7 +170,7 @@ def _inputs_in_float(self:BlockLoop, index:int, block:nn.Module, leaders:Mapping
 def _check_measured(name:str, stats:LayerStats):
     "`UsageError` when the inputs of a Linear held NaN or infinity."
     for what, measured in ("hessian", stats.hessian), ("cross", stats.cross), ("maxima", stats.maxima):
-        if measured is None or torch.isfinite(measured.sum()): continue # one number says it, without a copy
+        if measured is None or torch.isfinite(measured.sum()): continue # one number tells, without a copy
         if not torch.isfinite(measured).all():
             raise UsageError(f"layer {name}: the calibration text gives it NaN or infinite inputs ({what}); look at "
                              "the weights of its block and of those before it, or calibrate on another text")
@@ -179,13 +179,13 @@ def _check_measured(name:str, stats:LayerStats):
 SAME_FUNCTION = 1e-4
 
 @patch
-def hold(self:BlockLoop,
+def edit_checked(self:BlockLoop,
     index:int, block:nn.Module,      # The block
     view:BlockView,                  # What the edit is given
-    edit:Callable[[BlockView], Any], # Changes parameters and says which in `view.edited`
+    edit:Callable[[BlockView], Any], # Changes parameters and names them in `view.edited`
     name:str,                        # Whose edit it is, for the message
 ) -> float:                          # Relative change of the block's output
-    "Let somebody edit the block, and hold the edit to its promise: the function stays."
+    "Let a suppressor or a method edit the block, and check that the block still computes the same function."
     before = self.run(index, block, self.stream, 0)
     edit(view)
     if not view.edited: return 0.
@@ -257,7 +257,7 @@ def fix_range(self:BlockLoop,
     result,    # Its `LayerResult`
     stats,     # Of its input
 ) -> tuple:
-    "A quantized weight with the static grid of its input, where its scheme has one."
+    "A quantized weight with the static scale of its input, where its scheme has one."
     activations = quantized.scheme.activations
     if activations is None or activations.dynamic: return quantized, result
     try: scale, zero = static_parameters(stats, activations)
@@ -282,7 +282,7 @@ def suppress(self:BlockLoop,
         if suppressor is self.suppressors[0]: self.unsuppressed = {name: s.maxima for name, s in measured.items()}
         stats = {n: measured[names[0]] for names in groups for n in names} if wanted else {}
         view = self.view(index, block, plans, stats, pairs)
-        moved = self.hold(index, block, view, suppressor.apply_to_block, suppressor.name)
+        moved = self.edit_checked(index, block, view, suppressor.apply_to_block, suppressor.name)
         if not view.edited:
             raise UsageError(f"block {index}: {suppressor.name} found nothing to edit among {len(pairs)} smoothing "
                              "pairs; leave it out, or give an adapter whose smoothing_pairs fit the model")
@@ -296,7 +296,7 @@ def compare_sizes(self:BlockLoop,
     index:int,                       # The block
     measured:Mapping[str, LayerStats], # Leaders after the last suppressor
 ):
-    "Note for the report how far channels stood out before suppression and stand out now."
+    "Note for the report how large outlier channels were before suppression and are now."
     if not self.suppressors: return
     inside = lambda name: name.removeprefix(f"{self.blocks.adapter.blocks}.{index}.")
     before = {inside(name): maxima for name, maxima in self.unsuppressed.items()}
@@ -308,7 +308,7 @@ def quantize_block(self:BlockLoop,
     index:int, block:nn.Module,    # The block, in float
     plans:Mapping[str, LayerPlan], # Its Linears that will be quantized
     pairs:tuple=(),                # The adapter's smoothing pairs of this block
-    keep:Activations|None=None,    # Where the outputs of the float stream go
+    keep:Activations|None=None,    # Where the outputs with float activations go
 ) -> tuple[list, set[str]]:        # What `solve` gave for each, and the names of edited modules
     "Measure, let the method prepare, quantize; the block then holds dequantized weights."
     find = lambda name: self.blocks.adapter.get_layer_by_name(self.blocks.model, name)
@@ -325,7 +325,7 @@ def quantize_block(self:BlockLoop,
     measured = self.measure(index, block, leaders, keep) if self.wanted else dict.fromkeys(leaders)
     self.compare_sizes(index, measured)
     view = self.view(index, block, plans, {n: measured[names[0]] for names in groups for n in names}, pairs)
-    if self.edits: self.hold(index, block, view, self.quantizer.prepare_block, self.quantizer.name)
+    if self.edits: self.edit_checked(index, block, view, self.quantizer.prepare_block, self.quantizer.name)
     del measured # so that a Linear's statistics go when it is quantized
     found = {}
     size = lambda names: sum(modules[n].weight.numel() for n in names)
@@ -376,7 +376,7 @@ def step(self:BlockLoop,
     pairs:tuple,                   # The adapter's smoothing pairs of this block
     last:bool,                     # Whether no later block is quantized
 ) -> tuple[list, dict[str, Tensor], list[Activations]]: # `solve`'s for each Linear, edited parameters, used inputs
-    "Quantize one block and take the streams to its other side; the block is empty again whatever happens."
+    "Quantize one block and run the activations through it; the block is empty again whatever happens."
     try: return self._step(index, plans, pairs, last)
     finally: self.blocks.empty()
 
@@ -393,7 +393,7 @@ def _step(self:BlockLoop, index:int, plans:dict[str, LayerPlan], pairs:tuple, la
     if not last:
         if apart and not plans: self.feed(index, block, self.in_float, "float", in_float)
         find = lambda name: self.blocks.adapter.get_layer_by_name(self.blocks.model, name)
-        with quantized_inputs(grids_of(find, found)): self.stream = self.feed(index, block, self.stream, "quantized")
+        with quantized_inputs(input_quantizers(find, found)): self.stream = self.feed(index, block, self.stream, "quantized")
         self.in_float = in_float or self.stream
     return found, values, used
 

@@ -41,7 +41,7 @@ class LayerResult:
     relative_error: float  # ||W - Ŵ|| / ||W||, Frobenius norms
     digest: str            # SHA-256 of codes, scales and zeros
     seconds: float         # Wall clock
-    notes: dict = field(default_factory=dict) # What the method says of it
+    notes: dict = field(default_factory=dict) # What the method reports of it
 
 # %% ../../nbs/sequential/layer.ipynb #be76e007
 def relative_error(
@@ -62,7 +62,7 @@ def check_result(
     if not isinstance(quantized, QuantizedWeight):
         raise UsageError(f"the method returned {type(quantized).__name__}; it must return a QuantizedWeight")
     if quantized.scheme != layer.scheme:
-        raise UsageError(f"the method returned a grid {quantized.scheme}; {layer.scheme} was asked for")
+        raise UsageError(f"the method returned the scheme {quantized.scheme}; {layer.scheme} was asked for")
     if tuple(quantized.codes.shape) != (layer.out_features, layer.in_features):
         raise UsageError(f"the method returned codes {list(quantized.codes.shape)}; the weight is "
                          f"{[layer.out_features, layer.in_features]}")
@@ -100,9 +100,9 @@ def quantize_layer(
 
 # %% ../../nbs/sequential/layer.ipynb #a84e707e
 def notes_of_stack(
-    notes:dict, # What a method said of several Linears as one
+    notes:dict, # What a method reported of several Linears as one
 ) -> dict:      # The same, for each of them
-    "Notes on outputs under a name that says whose they are."
+    "Notes on outputs under a name that tells whose they are."
     return {f"{key}_of_stack" if key == "output_error" else key: value for key, value in notes.items()}
 
 def quantize_stack(
@@ -161,7 +161,7 @@ def with_words(
     progress:Callable, # As the Logging page has it
     **how,             # Its arguments
 ) -> tuple[Callable[[list], Iterable], Callable[[list], None]]: # To wrap the steps, and to hear their results
-    "Progress that says of each step what came out worst."
+    "Progress that reports for each step what came out worst."
     heard = [] # described only when somebody asks
     def tell(results): heard[:] = [results]
     return partial(progress, state=lambda: worst_of(*heard) if heard else "", **how), tell

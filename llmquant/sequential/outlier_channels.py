@@ -46,7 +46,7 @@ def block_sizes(
     before:Mapping[str, Tensor|None], # Name of a Linear to the maxima of its input
     after:Mapping[str, Tensor|None],  # The same after the last suppressor
 ) -> dict:                            # Plain values; empty when nothing was measured twice
-    "One block: how far the largest channel of each input stands out, and the channels of the worst that was reached."
+    "One block: how large the outlier channel of each input is, and the channels of the worst that was reached."
     names = [n for n in sorted(before, key=natural_key) if before[n] is not None and after.get(n) is not None]
     if not names: return {}
     inputs = {n: {"before": digits(stands_out(before[n])), "after": digits(stands_out(after[n]))} for n in names}
@@ -56,7 +56,7 @@ def block_sizes(
 
 # %% ../../nbs/sequential/outlier_channels.ipynb #3ef79056
 def model_sizes(
-    blocks:Mapping[int, dict], # Block to what `block_sizes` said
+    blocks:Mapping[int, dict], # Block to what `block_sizes` found
     by:str,                    # Who suppressed
     tokens:str,                # On what it was measured
 ) -> dict|None:                # Plain values; None when no block has any
@@ -67,14 +67,14 @@ def model_sizes(
     size = lambda index: inputs[index][blocks[index]["worst"]["layer"]]
     worst = max([i for i in blocks if reached(inputs[i])] or blocks, key=lambda i: size(i)["before"])
     stays = stayed(inputs)
-    told = {"stays": stays} if reached(inputs[worst]) and stays and stays["size"] > size(worst)["after"] else {}
+    beside = {"stays": stays} if reached(inputs[worst]) and stays and stays["size"] > size(worst)["after"] else {}
     return {"by": by, "tokens": tokens, "largest_over_median": inputs,
-            "worst": {"block": worst, **blocks[worst]["worst"]}} | told
+            "worst": {"block": worst, **blocks[worst]["worst"]}} | beside
 
 def stayed(
     inputs:Mapping[int, Mapping], # Block to the numbers of its inputs
 ) -> dict|None:                   # Block, layer and size; None when all were reached
-    "The input that stands out most of those that were not reached."
+    "The input with the largest outlier of those that were not reached."
     left = [{"block": i, "layer": n, "size": size["after"]} for i, found in inputs.items()
             for n, size in found.items() if n not in reached(found)]
     return max(left, key=lambda entry: entry["size"], default=None)

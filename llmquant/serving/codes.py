@@ -36,4 +36,4 @@ def dequantize(codes: torch.Tensor,   # [out, in] uint8
     return ((grouped - zeros.float()[..., None]) * scales.float()[..., None]).flatten(1).to(scales.dtype)
 
 # %% ../../nbs/serving/codes.ipynb #e4186077
-METHOD = "llmquant"  # the one name that vLLM knows us by; also the quant_method of exports with float zero points
+METHOD = "llmquant"  # the one name under which vLLM finds us; also the quant_method of exports with float zero points

@@ -30,9 +30,9 @@ W4A8_NOTE = ("vLLM on a CPU with AMX, which this machine is, multiplies 4-bit we
 def serving_notes(schemes,             # of all layers, `core.scheme.QuantScheme`
                   dtype: torch.dtype,  # of the export
                   ) -> list[str]:      # sentences, mostly none
-    "What a server on this machine does otherwise than the grids say."
+    "What a server on this machine does otherwise than the schemes ask."
     if not has_amx(): return []
-    grids = [scheme.activations for scheme in schemes if scheme.activations]
-    static = any(grid.type == "int" and grid.symmetric and not grid.dynamic for grid in grids)
+    inputs = [scheme.activations for scheme in schemes if scheme.activations]
+    static = any(scheme.type == "int" and scheme.symmetric and not scheme.dynamic for scheme in inputs)
     narrow = dtype == torch.bfloat16 and any(scheme.bits <= 4 and not scheme.activations for scheme in schemes)
-    return [note for note, said in ((STATIC_NOTE, static), (W4A8_NOTE, narrow)) if said]
+    return [note for note, holds in ((STATIC_NOTE, static), (W4A8_NOTE, narrow)) if holds]

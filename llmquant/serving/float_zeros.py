@@ -30,21 +30,21 @@ def grid_of(config: dict,  # a checkpoint's quantization_config
     return (config.get("llmquant_overrides") or {}).get(layer) or config["llmquant_scheme"]
 
 # %% ../../nbs/serving/float_zeros.ipynb #ed71a776
-def groups_of(grid: dict,    # values of a scheme
+def groups_of(scheme: dict,  # values of a scheme
               columns: int,  # in_features on this GPU
               whole: int,    # in_features
               prefix: str,   # the layer's name, for the message
               ) -> int:
     "Scales in a row on this GPU; `ValueError` when a group or a word would be cut in two."
-    width = grid["group_size"] if grid["granularity"] == "group" else whole
-    if columns % width or columns != whole and columns * grid["bits"] % 32:
+    width = scheme["group_size"] if scheme["granularity"] == "group" else whole
+    if columns % width or columns != whole and columns * scheme["bits"] % 32:
         raise ValueError(f"{prefix}: {columns} of {whole} inputs on one GPU cut a group of {width} weights or a word "
                          "in two; use fewer GPUs or smaller groups")
     return columns // width
 
 # %% ../../nbs/serving/float_zeros.ipynb #ad4b22e7
 def declare_(layer: torch.nn.Module,  # a vLLM Linear; parameters are added
-             grid: dict,              # values of its scheme
+             scheme: dict,            # values of its scheme
              rows: int,               # out_features on this GPU, fused parts together
              columns: int,            # in_features on this GPU
              groups: int,             # scales in a row
@@ -52,10 +52,10 @@ def declare_(layer: torch.nn.Module,  # a vLLM Linear; parameters are added
              loader):                 # vLLM's weight loader
     "Register packed codes, scales, float zero points, and the shape."
     from vllm.model_executor.parameter import BasevLLMParameter, GroupQuantScaleParameter, PackedvLLMParameter
-    words = -(-columns * grid["bits"] // 32)
+    words = -(-columns * scheme["bits"] // 32)
     layer.register_parameter("weight_packed", PackedvLLMParameter(
         data=torch.empty(rows, words, dtype=torch.int32), input_dim=1, output_dim=0, packed_dim=1,
-        packed_factor=Fraction(32, grid["bits"]), weight_loader=loader))
+        packed_factor=Fraction(32, scheme["bits"]), weight_loader=loader))
     for name, kind in ("weight_scale", dtype), ("weight_zero_point", torch.float32):
         layer.register_parameter(name, GroupQuantScaleParameter(
             data=torch.empty(rows, groups, dtype=kind), input_dim=1, output_dim=0, weight_loader=loader))
@@ -79,18 +79,18 @@ def floating_linear() -> type:
     from vllm.model_executor.layers.linear import LinearMethodBase, UnquantizedLinearMethod
 
     class FloatZerosLinearMethod(LinearMethodBase):
-        "Loads codes and grids, serves the weight that they stand for."
-        def __init__(self, grid, prefix): self.grid, self.prefix, self.plain = grid, prefix, UnquantizedLinearMethod()
+        "Loads codes, scales and zero points, serves the weight that they stand for."
+        def __init__(self, scheme, prefix): self.scheme, self.prefix, self.plain = scheme, prefix, UnquantizedLinearMethod()
 
         def create_weights(self, layer, input_size_per_partition, output_partition_sizes, input_size, output_size,
                            params_dtype, **extra):
-            groups = groups_of(self.grid, input_size_per_partition, input_size, self.prefix)
-            declare_(layer, self.grid, sum(output_partition_sizes), input_size_per_partition, groups, params_dtype,
+            groups = groups_of(self.scheme, input_size_per_partition, input_size, self.prefix)
+            declare_(layer, self.scheme, sum(output_partition_sizes), input_size_per_partition, groups, params_dtype,
                      extra["weight_loader"])
             self.columns = input_size_per_partition
 
         def process_weights_after_loading(self, layer):
-            unpack_floating_(layer, self.grid["bits"], self.columns)
+            unpack_floating_(layer, self.scheme["bits"], self.columns)
             self.plain.process_weights_after_loading(layer)
 
         def apply(self, layer, x, bias=None): return self.plain.apply(layer, x, bias)

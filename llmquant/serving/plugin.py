@@ -31,7 +31,7 @@ def codes_of(parameter,        # a packed vLLM parameter, two axes
 def read_layer(layer: torch.nn.Module,  # a vLLM Linear, loaded
                kernel,                  # the kernel that vLLM built for it
                ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # codes [out, in], scales and zeros [out, groups]
-    "A loaded layer's codes, scales and zero points (those of a symmetric grid are its middle)."
+    "A loaded layer's codes, scales and zero points (those of a symmetric scheme are the middle code)."
     kind, columns = kernel.config.weight_type, kernel.config.partition_weight_shape[0]
     codes = codes_of(getattr(layer, kernel.w_q_name), kind.size_bits, columns)
     scales = rows_first(getattr(layer, kernel.w_s_name))

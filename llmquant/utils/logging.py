@@ -80,10 +80,10 @@ def _bar(form:type, total:int|None, description:str, unit:str, interval:float, d
 
 def progress(
     iterable:Iterable,     # What is gone through
-    total:int|None=None,   # How many items, if `iterable` does not know its length
+    total:int|None=None,   # How many items, if `iterable` has no length
     description:str="",    # What is done to each, such as "quantizing"
     unit:str="layer",      # What an item is, for the rate
-    state:Callable[[], str]|None=None, # What to say behind the bar, asked for whenever an item is done
+    state:Callable[[], str]|None=None, # What to show behind the bar, asked for whenever an item is done
     interval:float=30.,    # Seconds between two lines of a log; 0 for a line at each item
     done:int=0,            # Items before these that an earlier run finished
 ) -> Iterator:             # The same items
