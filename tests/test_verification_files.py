@@ -203,7 +203,7 @@ def test_quantization_config_against_tensors_and_report(name, folder, tmp_path):
 
 def test_group_size_of_whole_rows(folder, tmp_path):
     def edit(config): inner(config, "group_size").update(group_size=32, strategy="group")
-    assert "says group_size 32" in message(VerificationError, edited(folder/"channel", tmp_path/"e", edit=edit))
+    assert "has group_size 32" in message(VerificationError, edited(folder/"channel", tmp_path/"e", edit=edit))
 
 
 def test_layers_in_the_files_and_in_the_report(folder, tmp_path):
