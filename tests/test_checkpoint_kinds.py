@@ -3,6 +3,7 @@ import importlib.util
 import json
 import re
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from llmquant import load, quantize
 from llmquant.calibration.data import load_calibration
+from llmquant.checkpoint.source import open_checkpoint
 from llmquant.core.errors import UsageError, VerificationError
 from llmquant.pipeline.run import check
 from llmquant.utils.config import resolve
@@ -114,12 +116,13 @@ def test_side_files_may_be_links(checkpoints, tmp_path):
 def test_a_stale_section_is_left_out(checkpoints, tmp_path, section, caplog):
     base = checkpoints("llama")
     model = variant(base, tmp_path / "model", **section)
-    quantize(model, tmp_path / "out", **GRID)
+    with closing(open_checkpoint(model)) as source: read = source.config
+    assert "quantization_config" not in read and "quantization_config" not in read.get("text_config", {})
     assert "the section quantization_config is left out" in caplog.text
+    if "text_config" in section: return # as wrappers have it; transformers builds no llama with one
+    quantize(model, tmp_path / "out", **GRID)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["llmquant_method"] == "minmax"
-    assert "quantization_config" not in config.get("text_config", {})
-    if "text_config" in section: return
     found, plain = load(model).state_dict(), load(base).state_dict()
     assert all(found[name].equal(plain[name]) for name in plain)
 
@@ -376,3 +379,12 @@ def test_codes_that_nobody_can_read_are_named(coded, tmp_path, wrong):
     model = variant(base, tmp_path / "model", tensors)
     assert re.search(message, refusal(model))
     with pytest.raises(UsageError, match=message): load(model)
+
+
+@pytest.mark.parametrize("values", [{"rms_norm_eps": "1e-5"}, {"hidden_act": "nope"}, {"rope_parameters": {"rope_type": "yarn"}},
+                                    {"use_cache": "yes"}, {"num_attention_heads": 3}],
+                         ids=lambda values: next(iter(values)))
+def test_values_that_transformers_cannot_read_are_refused_by_every_method(checkpoints, tmp_path, values):
+    "An export beside such a config.json could be loaded by nobody; a method without calibration says so as well."
+    model = variant(checkpoints("llama"), tmp_path / "model", **values)
+    assert "config.json of model type 'llama': transformers cannot" in refusal(model)
