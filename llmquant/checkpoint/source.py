@@ -210,7 +210,7 @@ def types(self:CheckpointSource)->str:
 
 @patch
 def conversion_bytes(self:CheckpointSource)->int:
-    "What must be held to convert the whole model before its first tensor can be read; nothing here."
+    "Bytes in memory to convert the whole model before its first tensor can be read; nothing here."
     return 0
 
 # %% ../../nbs/checkpoint/source.ipynb #9972816b

@@ -89,7 +89,7 @@ def adopt(self:Shards,
     folder:Path, # of the unfinished run
     written:set, # names of tensors
 ):
-    "Go on with the files that an unfinished run created, in which these tensors are written."
+    "Resume the files that an unfinished run created, in which these tensors are written."
     for file, header in self.headers.items():
         path = folder / file
         if (not path.is_file() or path.stat().st_size != self.sizes[file]
