@@ -300,9 +300,9 @@ print(peak >> 10, peak_memory_mib())
     assert len(large) >> 20 > own and abs(reported - own) <= 1
 
 
-@pytest.mark.parametrize("ceiling", [False, True])
-def test_the_predicted_peak_is_the_measured_one(tmp_path, ceiling):
-    "Windows of 4096 tokens, four at a time; under a ceiling hidden states go to files and the peak stays below it."
+@pytest.mark.parametrize("limited", [False, True])
+def test_the_predicted_peak_is_the_measured_one(tmp_path, limited):
+    "Windows of 4096 tokens, four at a time; under a memory limit hidden states go to files and the peak stays below it."
     tiny.make("llama", tmp_path / "model", torch.float16, layers=2, max_position_embeddings=4096, hidden_size=256,
               intermediate_size=1024)
     tiny_tokenizer.save(tmp_path / "model")
@@ -317,22 +317,22 @@ def test_the_predicted_peak_is_the_measured_one(tmp_path, ceiling):
     peak, predicted, where = run("out")
     print(peak, predicted, where)
     assert peak <= predicted < 1.2 * peak and where == "in memory, and in files for resuming"
-    if not ceiling: return
+    if not limited: return
     allowed = predicted - 20
     peak, predicted, where = run("under", max_memory=f"{allowed}MiB")
     print(peak, predicted, where)
     assert peak <= allowed and where == "in files"
 
 
-def test_a_ceiling_is_kept_or_refused(checkpoints, tmp_path):
+def test_a_memory_limit_holds_or_is_refused(checkpoints, tmp_path):
     path = checkpoints("llama")
     with pytest.raises(UsageError, match="max_memory 143 MiB is too little: this run takes [0-9]+ MiB"):
         quantize(path, tmp_path / "out", "gptq", bits=4, group_size=32, max_memory="150MB", **KEYS)
     assert not (tmp_path / "out").exists()
     said = []
-    for ceiling in "100MiB", "150MB": # whatever is allowed, what is said to be needed is the calibrated run's need
+    for limit in "100MiB", "150MB": # whatever is allowed, what is said to be needed is the calibrated run's need
         with pytest.raises(UsageError, match=r" \+ statistics [0-9]+ MiB ") as refused:
-            quantize(path, tmp_path / "out", "gptq", bits=4, group_size=32, max_memory=ceiling, **KEYS)
+            quantize(path, tmp_path / "out", "gptq", bits=4, group_size=32, max_memory=limit, **KEYS)
         said.append(int(re.search(r"takes ([0-9]+) MiB", str(refused.value))[1]))
     assert abs(said[0] - said[1]) < 30, said
     plenty = quantize(path, tmp_path / "out", "gptq", bits=4, group_size=32, max_memory="8GB", **KEYS)

@@ -264,7 +264,7 @@ def test_what_is_converted_as_a_whole_gives_the_same_and_is_predicted(tmp_path, 
         check(resolve({"model_path": str(path), "method": "minmax", "group_size": 32, "max_memory": "8GB"}))
 
 
-def test_a_ceiling_holds_without_calibration(tmp_path):
+def test_a_memory_limit_holds_without_calibration(tmp_path):
     "From the header and the shapes, before a tensor is read; the parts are those of such a run, and add up."
     from llmquant.pipeline.run import check, quantize
     from llmquant.utils.config import resolve

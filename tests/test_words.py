@@ -9,10 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("sequential", "plan", "export", "checkpoint", "serving", "evaluation", "cli")
 PAGES = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb")
                if not any(part.startswith((".", "_")) for part in path.relative_to(ROOT).parts))
-SPOKEN = [path for path in PAGES if path.parent.name in ROOMS] + [ROOT / "nbs/utils/logging.ipynb"]
 
 PRIVATE = {  # the field's word: how we once called it
     "entry point": r"\b(front )?doors?\b",
@@ -63,14 +61,9 @@ def private(text):
     return {word: found[0] for word, pattern in PRIVATE.items() if (found := re.search(pattern, text, re.I))}
 
 
-@pytest.mark.parametrize("path", SPOKEN, ids=lambda path: path.relative_to(ROOT / "nbs").with_suffix("").as_posix())
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT / "nbs").with_suffix("").as_posix())
 def test_titles_docstrings_and_messages_use_the_fields_words(path):
     assert {text: found for text in sentences(path) if (found := private(text))} == {}
-
-
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT / "nbs").with_suffix("").as_posix())
-def test_titles_of_all_pages_use_the_fields_words(path):
-    assert {text: found for kind, text in cells(path)[:1] if (found := private("\n".join(headings(text))))} == {}
 
 
 @pytest.mark.parametrize("word", FOUND)

@@ -118,7 +118,7 @@ def main():
     from llmquant.evaluation.demo import demo_base
 
     demo_base(base)
-    say("[demo 2/4] quantize to 4 bits, and prove the export in vLLM (about a minute)")
+    say("[demo 2/4] quantize to 4 bits, and verify the export in vLLM (about a minute)")
     make_export(base, export)
     say(f"[demo 3/4] perplexity on {WINDOWS} x {CONTEXT} tokens of Python's language reference")
     figures, size = measure(base, export), sizes(base)

@@ -125,7 +125,7 @@ def _check_suppressor(name:str, cls:type):
 def is_blockwise(
     suppressor, # A suppressor or its class
 ) -> bool:
-    "Whether the walk applies it, block by block; its transform comes before that."
+    "Whether the block loop applies it, block by block; its transform comes before that."
     return suppressor.scope == "block" and defines(suppressor, *HOOKS[:2])
 
 def check_order(

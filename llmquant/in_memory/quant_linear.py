@@ -61,7 +61,7 @@ def dequantize(self:QuantLinear,
 def forward(self:QuantLinear,
     x:Tensor, # [..., in_features]
 ) -> Tensor:  # [..., out_features]
-    "Put `x` on the grid of the inputs, if there is one, and multiply by the dequantized weight in its dtype."
+    "Quantize `x` where the scheme quantizes activations, and multiply by the dequantized weight in its dtype."
     inputs = self.scheme.activations
     if inputs is not None: x = simulate(x, inputs, self.input_scale, self.input_zero)
     return nn.functional.linear(x, self.dequantize(x.dtype), self.bias)

@@ -169,7 +169,7 @@ def prepare_model(
     model,                 # A transformers model; edited in place
     suppressors:tuple,     # Configured, in order
     calibration_data:Any,  # What the call was given
-) -> tuple:                # Those that the walk applies block by block
+) -> tuple:                # Those that the block loop applies
     "Apply suppressors of scope \"model\" and classes in the guide's style, and let the others declare what they need."
     from llmquant.in_memory.suppress import declare
     check_order(suppressors)

@@ -73,11 +73,11 @@ def calibration_of(
 
 # %% ../../nbs/pipeline/calibrated.ipynb #7a1e41f6
 def windows_at_a_time(
-    recipe:Recipe,           # Its ceiling
+    recipe:Recipe,           # Its memory limit
     source:CheckpointSource, # The model
     max_length:int,          # Tokens in a window
 ) -> int:                    # At least 1
-    "How many windows the model may write together; `UsageError` when the ceiling does not even allow one."
+    "How many windows the model may write together; `UsageError` when the memory limit does not even allow one."
     weights = sum(info.nbytes for info in source.tensors.values())
     window, here, free = window_bytes(source.config, max_length, source.dtype.itemsize), resident(), available()
     need = here + max(2 * weights, weights + window)
@@ -89,7 +89,7 @@ def windows_at_a_time(
     return max(min((room - here - weights) // window, WINDOWS_AT_A_TIME), 1)
 
 def sample_from(
-    recipe:Recipe,           # Its ceiling
+    recipe:Recipe,           # Its memory limit
     source:CheckpointSource, # The model
     num_samples:int,         # Windows
     max_length:int,          # Tokens in each
@@ -130,7 +130,7 @@ def searching_of(
 def need_of(
     run:Run, # Planned
 ) -> tuple[MemoryNeed, BlockFlow]: # The peak, and how the decoder calls its blocks
-    "The predicted peak, under the ceiling; `UsageError` when it cannot be held."
+    "The predicted peak, under the memory limit; `UsageError` when it cannot be held."
     recipe, plan, adapter, quantizer, source = run.recipe, run.plan, run.adapter, run.quantizer, run.source
     for who in (*run.blockwise, *([quantizer] if quantizer.edits_blocks() else [])): check_pairs(run, who)
     model = adapter.skeleton(source.config, source.tensors)
@@ -153,7 +153,7 @@ def need_of(
 def data_free_need(
     run:Run, # Planned
 ) -> MemoryNeed:
-    "The predicted peak of a run without calibration, under the ceiling; `UsageError` when it cannot be held."
+    "The predicted peak of a run without calibration, under the memory limit; `UsageError` when it cannot be held."
     edited = getattr(run.source, "edited", None)
     if edited is not None: run.adapter.skeleton(run.source.config) # comparing needs transformers' model
     return fit(predict_data_free(run.plan, run.tensors, edited, conversion_of(run.source)), run.recipe.max_memory)
@@ -228,7 +228,7 @@ WITHOUT_EFFECT = tuple(key.name for key in KEYS if not key.shapes)
 def identity(
     run:Run, # With its calibration text
 ) -> dict[str, Any]:          # Plain values
-    "What a run must share with an interrupted one to go on with it."
+    "What a run must share with an interrupted one to resume it."
     values = {key: entry["value"] for key, entry in recipe_to_dict(run.recipe).items() if key not in WITHOUT_EFFECT}
     notes = {s.name: dict(getattr(s, "notes", {})) for s in run.suppressors if s.scope == "model"}
     if notes: values["transformed"] = notes # a change of basis may depend on blocks that are still to come
@@ -238,7 +238,7 @@ def identity(
 
 # %% ../../nbs/pipeline/calibrated.ipynb #b6384442
 class RunJournal:
-    "A run's journal as the walk writes it: beside each block, what it was made from and the time up to there."
+    "A run's journal as the block loop writes it: beside each block, what it was made from and the time up to there."
     def __init__(self,
         sink,                    # An `ExportSink` with a journal
         source:CheckpointSource, # The checkpoint on disk; its `digests` are filled from now on
@@ -258,7 +258,7 @@ class RunJournal:
                              "command with the old model, or discard it with --no-resume")
 
     def seconds(self) -> dict[str, float]:
-        "Time on the walk, that of the runs before included."
+        "Time in the block loop, that of the runs before included."
         now = {"wall": perf_counter() - self.start[0], "cpu": process_time() - self.start[1]}
         return {kind: round(self.before.get(kind, 0) + value, 3) for kind, value in now.items()}
 
@@ -314,7 +314,7 @@ def tell_report(
     walk,               # The `BlockLoop` that ran
     journal:RunJournal, # Of the run
 ):
-    "Add what only the walk knows to what the report will say."
+    "Add what only the block loop measures to what the report will list."
     facts, data, need = run.facts, run.data, run.need
     facts |= {"calibration": {**data.facts, "fingerprint": data.fingerprint,
                               "passes_over_each_block": round(walk.passes / max(len(walk.blocks), 1), 3),

@@ -162,7 +162,7 @@ def run(
 
 # %% ../../nbs/pipeline/run.ipynb #64b450db
 def _run(recipe:Recipe) -> dict:
-    "`run`, however loud."
+    "`run`, at any verbosity."
     torch.manual_seed(recipe.seed)
     if not recipe.model_path: raise UsageError("no model given; name a checkpoint with --model-path")
     if not recipe.output_path: raise UsageError("no output given; name a folder with --output-path")
@@ -213,7 +213,7 @@ def require_vllm():
 
 # %% ../../nbs/pipeline/run.ipynb #fb15092f
 def _verifier(run:Run):
-    "The proof to run on the finished folder, or None when nobody asked."
+    "The verification to run on the finished folder, or None when nobody asked."
     if not run.recipe.verify: return None
     from llmquant.evaluation.verification import verify
     return partial(verify, reference=run.original.origin, require_vllm=True)

@@ -180,8 +180,8 @@ def _imply_by_activations(
     grid, implied = values["activations"], {}
     if grid is None: return {}
     if values["bits"] == 16:
-        raise UsageError(f"{_where(won, 'activations')}: bits 16 leaves every layer in float, and vLLM puts activations "
-                         "on a grid only where weights are; give bits 8, or leave the activations out")
+        raise UsageError(f"{_where(won, 'activations')}: bits 16 leaves every layer in float, and vLLM quantizes activations "
+                         "only where weights are quantized; give bits 8, or leave the activations out")
     for name, value in ("bits", grid.bits), ("group_size", -1):
         if name not in won: values[name], implied[name] = value, "implied by activations"
     if "symmetric" in options and (values["method"], "symmetric") not in chosen:
@@ -306,9 +306,9 @@ class Recipe:
     format: str                           # auto or a registered format
     container: str                        # auto, dense or int4
     max_shard_size: int                   # Bytes
-    verify: bool                          # Prove the export
+    verify: bool                          # Verify the export
     overwrite: bool                       # Replace an output that exists
-    resume: bool                          # Go on with a run that was stopped
+    resume: bool                          # Resume a run that was stopped
     quiet: bool                           # No progress, no summary
     options: dict[str, Any]               # The method's options, all of them
     suppressor_options: dict[str, Any]    # The suppressors', as NAME.OPTION

@@ -165,8 +165,8 @@ def read_size(
 def read_memory(
     value:Any,      # As for `read_size`, or "none"
     where:str,      # The key, for the message
-) -> int|None:      # Bytes, at least a hundred million; None for no ceiling
-    "Read a ceiling for memory."
+) -> int|None:      # Bytes, at least a hundred million; None for no limit
+    "Read a memory limit."
     if value == "none": return None
     size = _read_bytes(value, where)
     if size < 10**8: raise UsageError(f"{where}: {value!r} is below 100MB, less than Python itself needs; write more")
@@ -217,7 +217,7 @@ _MODEL = (
         shapes=False, in_memory=False),
     Key("torch_dtype", str, "auto", "type of the tensors that stay in float; auto keeps the checkpoint's",
         choices=("auto", "float16", "bfloat16", "float32"), flag="--torch-dtype"),
-    Key("max_memory", str, None, "the most memory that a run may use, such as 8GiB; null or none for no ceiling",
+    Key("max_memory", str, None, "the most memory that a run may use, such as 8GiB; null or none for no limit",
         flag="--max-memory", read=read_memory, shapes=False, in_memory=False))
 _CALIBRATION = (
     Key("dataset", str, None, "calibration text: a file, a hub name, self, or a list of {dataset, weight, column}; "
@@ -239,11 +239,11 @@ _OUTPUT = (
         choices=("auto", "dense", "int4"), flag="--container", in_memory=False),
     Key("max_shard_size", str, 5 * 10**9, "largest file, such as 5GB", flag="--max-shard-size", read=read_size,
         in_memory=False),
-    Key("verify", bool, False, "prove the export before it takes its name", flag="--verify", shapes=False,
+    Key("verify", bool, False, "verify the export before it takes its name", flag="--verify", shapes=False,
         in_memory=False),
     Key("overwrite", bool, False, "replace an export that exists, and no other folder", flag="--overwrite", shapes=False,
         in_memory=False),
-    Key("resume", bool, True, "go on with a run of the same recipe that was stopped", flag="--resume",
+    Key("resume", bool, True, "resume a run of the same recipe that was stopped", flag="--resume",
         shapes=False, in_memory=False),
     Key("quiet", bool, False, "say nothing that is not at least a warning: no progress, no summary", flag="--quiet",
         shapes=False))

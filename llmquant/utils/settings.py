@@ -75,7 +75,7 @@ ACTIVATIONS = "quantization.activations"
 def _activation_settings(
     value:Any,                   # Of the key `activations`
     where:Callable[[str], str],  # A dotted path as it was written
-    origin:str,                  # Who says so
+    origin:str,                  # Where it was set
 ) -> list[Setting]:
     "The keys of the section `activations`."
     section = where(ACTIVATIONS)
@@ -89,7 +89,7 @@ def _activation_settings(
 # %% ../../nbs/utils/settings.ipynb #812c4efe
 def document_settings(
     document:Mapping,         # Nested, as YAML gives it
-    origin:str,               # Who says so
+    origin:str,               # Where it was set
     lines:Mapping[str, int],  # Line of each dotted path, where there are lines
     source:str="",            # The file's name, where there is a file
     prefix:str="",            # What stands before a path on a command line
