@@ -265,7 +265,8 @@ def export(row, folder, number):
     section = {row.method: options, **INPUTS.get(row.inputs, {})}
     if row.suppressors:
         section["outlier_suppression"] = row.suppressors.split("+")
-        section["smooth_quant"] = {"alpha": 0.5}
+        if "smooth_quant" in section["outlier_suppression"]:
+            section["smooth_quant"] = {"alpha": 0.5}
     reads = row.method not in ("minmax", "hqq") or row.suppressors or "tensor" in row.inputs
     text = {"calibration.num_samples": 8, "calibration.max_length": 64} if reads else {}
     out = Path(folder) / f"{number}"
