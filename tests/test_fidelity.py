@@ -13,7 +13,7 @@ import pytest
 import texts
 import torch
 
-from llmquant.core.grid import squared_error
+from llmquant.core.qparams import squared_error
 from llmquant.core.qtensor import round_to_grid
 from llmquant.core.scheme import QuantScheme
 from llmquant.evaluation.perplexity import perplexity

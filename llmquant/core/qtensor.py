@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fastcore.basics import patch
 from torch import Tensor
 from .errors import UsageError
-from .grid import decode, encode, fit_grid
+from .qparams import decode, encode, fit_qparams
 from .scheme import QuantScheme, dtype_name
 
 # %% ../../nbs/core/qtensor.ipynb #0521be79
@@ -99,8 +99,8 @@ def dequantize(self:QuantizedWeight,
 def round_to_grid(
     weight:Tensor,      # [out_features, in_features], any float dtype
     scheme:QuantScheme, # Width, symmetry, granularity and range rule
-    grid:tuple[Tensor, Tensor]|None=None, # Scales and zeros [out_features, groups]; found by `fit_grid` when absent
+    qparams:tuple[Tensor, Tensor]|None=None, # Scales and zeros [out_features, groups]; found by `fit_qparams` when absent
 ) -> QuantizedWeight:
     "Round to nearest (RTN): each weight to the nearest code of its group."
-    scales, zeros = grid or fit_grid(weight, scheme)
+    scales, zeros = qparams or fit_qparams(weight, scheme)
     return QuantizedWeight(encode(weight, scales, zeros, scheme), scales, zeros, scheme)

@@ -54,7 +54,7 @@ class ModuleSink:
     "Puts a `QuantLinear` where each planned Linear was."
     def __init__(self,
         model,     # Edited in place
-        adapter,   # Knows where a checkpoint's module is in the model
+        adapter,   # Finds a checkpoint's module in the model
         method:str,# The quantizer's name
     ):
         self.model, self.adapter, self.method = model, adapter, method
@@ -73,7 +73,7 @@ class ModuleSink:
 def put(self:ModuleSink,
     layer:LayerPlan,        # Which Linear
     weight:QuantizedWeight, # Its quantized weight
-    result:LayerResult,     # What the report will say of it
+    result:LayerResult,     # For the report
 ):
     "Replace the module; the new one remembers its name in the checkpoint and its error."
     old = self.adapter.get_layer_by_name(self.model, layer.name)
@@ -124,7 +124,7 @@ def set_quantized_config_(
     model,     # Its Linears are replaced; edited in place
     plan:Plan, # What was done
 ):             # The same model
-    "Say in the model's config what was done."
+    "Write into the model's config what was done."
     if plan.quantized:
         model.config.quantization_config = plan.quantization_config
         model.save_pretrained = refuse_save_pretrained
@@ -144,7 +144,7 @@ def check_model(
 def plan_model(
     quantizer,                  # A configured quantizer
     model,                      # A transformers model
-    bits:int, group_size:int,   # The grid
+    bits:int, group_size:int,   # The quantization scheme
     target_layers:Iterable[int]|None=None, # Decoder layers; None for all
     torch_dtype:str="auto",     # See `export_dtype`
     overrides:Iterable=(),      # Per-layer exceptions, see the Plan page

@@ -32,7 +32,7 @@ from ..sequential.layer import LayerResult, cast
 def plan_of_model(
     model,       # A model with `QuantLinear` modules
     adapter,     # Its family's adapter
-    container:str="auto", format:str="auto", # How to store them; "auto" is what quantization_config says
+    container:str="auto", format:str="auto", # How to store them; "auto" is what quantization_config names
 ) -> tuple[Plan, dict[str, QuantLinear], ModelSource]: # The plan, the layers by checkpoint name, the rest
     "What an export of this model will hold."
     source = ModelSource(model, adapter)
@@ -93,7 +93,7 @@ def side_of_model(
     source:Path|None,  # The checkpoint it came from, when known
     folder:Path,       # An empty folder for files that must be made
 ) -> tuple[dict, list[Path], list[Path]]: # config.json, the side files, and what must not be replaced
-    "What belongs beside the weights: the checkpoint's own files, or what the model itself knows."
+    "What belongs beside the weights: the checkpoint's own files, or what the model itself holds."
     if source is not None:
         with closing(CheckpointSource(source)) as checkpoint:
             config = checkpoint.config | changed_keys(model, checkpoint.config)
@@ -164,7 +164,7 @@ def export_model(
 def trusting(
     adapter, # Of the model's family
 ):           # A copy
-    "The adapter of a model whose document has `trust_remote_code: true`."
+    "The adapter of a model whose recipe has `trust_remote_code: true`."
     adapter = copy(adapter)
     adapter.trust_remote_code = True
     return adapter

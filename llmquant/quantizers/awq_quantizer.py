@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from ..core.errors import UsageError
 from ..core.format_registry import FormatRegistry
-from ..core.grid import fit_grid, grid_of_range, ranges
+from ..core.qparams import fit_qparams, qparams_of_range, ranges
 from ..core.model_registry import ModelRegistry
 from ..core.options import SYMMETRIC, Option
 from ..core.qtensor import QuantizedWeight, round_to_grid
@@ -53,7 +53,7 @@ def scaled_error(
     total = 0.
     for part in row_parts(weight, scheme):
         scaled = part * scale
-        moved = rounding(scaled, *fit_grid(scaled, scheme), scheme.qmax).div_(scale)
+        moved = rounding(scaled, *fit_qparams(scaled, scheme), scheme.qmax).div_(scale)
         total += float(((moved @ hessian) * moved).sum(dtype=torch.float64))
     return total
 
@@ -109,7 +109,7 @@ def _best_of_part(part:Tensor, blocks:Tensor, scheme:QuantScheme) -> tuple[Tenso
     low, high = ranges(part, scheme)
     best, scales, zeros = None, None, None
     for f in CLIP_FACTORS:
-        s, z = grid_of_range(low * f, high * f, scheme)
+        s, z = qparams_of_range(low * f, high * f, scheme)
         moved = rounding(part, s, z, scheme.qmax).view(*s.shape, -1).transpose(0, 1) # [groups, rows, width]
         error = ((moved @ blocks) * moved).sum(-1).T
         if best is None: best, scales, zeros = error, s, z

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fastcore.basics import patch
 from torch import Tensor
 from ..core.errors import UsageError
-from ..core.grid import SHRINK_FACTORS, grid_of_range
+from ..core.qparams import SHRINK_FACTORS, qparams_of_range
 from ..core.qtensor import QuantizedWeight
 from ..core.scheme import QuantScheme
 
@@ -94,9 +94,9 @@ def search_grid(
     "The grid of one group of each row, by the rule minmax or mse."
     low, high = group.amin(0), group.amax(0)
     if scheme.granularity == "tensor": low, high = low.amin().expand_as(low), high.amax().expand_as(high)
-    if scheme.range_rule == "minmax": return grid_of_range(low, high, scheme)
+    if scheme.range_rule == "minmax": return qparams_of_range(low, high, scheme)
     factors = low.new_tensor(SHRINK_FACTORS)[:, None]
-    scales, zeros = grid_of_range(low * factors, high * factors, scheme)
+    scales, zeros = qparams_of_range(low * factors, high * factors, scheme)
     errors = _errors(group, importance, scales, zeros, scheme.qmax)
     if scheme.granularity == "tensor": errors = errors.sum(1, keepdim=True).expand_as(errors)
     best = errors.argmin(0, keepdim=True)

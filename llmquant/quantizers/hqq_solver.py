@@ -10,7 +10,7 @@ __all__ = ['SMALLEST', 'CACHE', 'power', 'shrinkage', 'Schedule', 'rounding_erro
 import torch
 from dataclasses import dataclass, replace
 from torch import Tensor
-from ..core.grid import fit_grid, grouped, store_scale
+from ..core.qparams import fit_qparams, grouped, store_scale
 from ..core.scheme import QuantScheme
 
 # %% ../../nbs/quantizers/hqq_solver.ipynb #fb5589ec
@@ -143,7 +143,7 @@ def solve(
     schedule:Schedule=Schedule(), # Exponent, betas and rounds
 ) -> tuple[Tensor, Tensor]: # Scales and zero points [out_features, groups], for `round_to_grid`
     "The grid of least lp error among those that the descent meets and plain rounding's."
-    scales, zeros = (t.float() for t in fit_grid(weight, replace(scheme, float_zeros=False)))
+    scales, zeros = (t.float() for t in fit_qparams(weight, replace(scheme, float_zeros=False)))
     shape, parts = scales.shape, grouped(weight, scheme).flatten(0, 1)
     scales, zeros = scales.view(-1, 1), zeros.view(-1, 1)
     count = max(1, CACHE // parts.shape[1]) if weight.device.type == "cpu" else len(parts)

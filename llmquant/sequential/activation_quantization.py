@@ -11,7 +11,7 @@ from dataclasses import replace
 from torch import Tensor
 from ..core.activation_options import ActivationScheme, read_activations
 from ..core.errors import UsageError
-from ..core.grid import FP8_MAX
+from ..core.qparams import FP8_MAX
 from ..core.statistics import LayerStats
 
 # %% ../../nbs/sequential/activation_quantization.ipynb #5a87c883
