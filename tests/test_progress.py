@@ -69,6 +69,7 @@ def test_a_resumed_run_counts_on(tmp_path, monkeypatch, caplog):
     with monkeypatch.context() as patched:
         patched.setattr(BlockLoop, "step", stopping)
         with pytest.raises(KeyboardInterrupt): quantize(path, out, "gptq", **keys)
+    caplog.clear()  # of the first run, where an earlier test has turned the log on
     with caplog.at_level("INFO", "llmquant"): report = quantize(path, out, "gptq", **keys)
     assert "resuming at block 3 of 0 to 3" in caplog.messages and report["resumed"]["at_block"] == 3
     done = [found[0] for message in caplog.messages if (found := re.search(r"quantizing: .* done", message))]
