@@ -1,5 +1,6 @@
 "A model in memory gets what the same recipe gives a checkpoint, and refuses what the recipe refuses."
 import gc
+import inspect
 import re
 from pathlib import Path
 
@@ -234,6 +235,40 @@ def test_call_over_document_over_configured_over_default():
 def test_a_document_for_another_method_is_refused():
     with pytest.raises(UsageError, match="^quantization.method: 'hqq', and the quantizer is 'minmax'; make them agree"):
         QuantizerRegistry.get("minmax")().quantize(tiny.build("llama", layers=1), config={"quantization": {"method": "hqq"}})
+
+
+class Seen(Exception): pass
+
+
+@pytest.fixture(scope="module")
+def with_tokenizer(tmp_path_factory):
+    path = tiny.make("llama", tmp_path_factory.mktemp("model") / "base")
+    tiny_tokenizer.save(path)
+    return path
+
+
+@pytest.mark.parametrize("config", [{}, {"quantization": {"seed": 7}}, {"model": {"trust_remote_code": True}},
+                                    {"quantization": {"seed": 7}, "calibration": {"seed": 3, "num_samples": 5, "max_length": 9}}],
+                         ids=["defaults", "seed", "trust", "all"])
+def test_both_entry_points_read_the_same_calibration_data(config, with_tokenizer, tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    from llmquant.calibration import data
+    asked, signature = [], inspect.signature(data.load_calibration)
+
+    def load(*given, **more):
+        asked.append(signature.bind(*given, **more).arguments)
+        raise Seen
+    monkeypatch.setattr(data, "load_calibration", load)
+    model = AutoModelForCausalLM.from_pretrained(with_tokenizer, dtype="auto")
+    with pytest.raises(Seen): quantize(with_tokenizer, tmp_path / "out", "gptq", config=config, group_size=32)
+    with pytest.raises(Seen): QuantizerRegistry.get("gptq")().quantize(model, group_size=32, config=config)
+    path, memory = ({name: value for name, value in one.items() if name not in ("generate", "tokenizer_path")} for one in asked)
+    assert path == memory
+    if config: return
+    defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
+    assert (path["num_samples"], path["seed"], path["column"]) == tuple(defaults[n] for n in ("num_samples", "seed", "column"))
+    assert path["max_length"] == min(defaults["max_length"], model.config.max_position_embeddings)
 
 
 class Mine(BaseQuantizer):

@@ -27,9 +27,9 @@ def calibration_for(
     name:str,              # Who measures, for the message; "" where nobody does
 ):                         # `CalibrationData`
     "The tokens to measure with; `UsageError` for windows or token ids that the model has no place for."
-    from llmquant.calibration.data import as_calibration, load_calibration, tokens_to_compare
+    from llmquant.calibration.data import as_calibration, recipe_calibration, tokens_to_compare
     from llmquant.calibration.own_text import own_text
-    from llmquant.calibration.tokens import check_length, refuse_foreign, window_length
+    from llmquant.calibration.tokens import check_length, refuse_foreign
     config, text = model.config.to_dict(), model.config.get_text_config()
     if data is not None:
         found = as_calibration(data)
@@ -38,16 +38,12 @@ def calibration_for(
         return found
     if not name: return tokens_to_compare(text.vocab_size)
     writer = partial(own_text, model, progress=partial(progress, description="writing calibration text", unit="token"))
-    section, by_default = recipe.calibration, recipe.origins["calibration.max_length"] == "default"
-    length, dataset = window_length(None if by_default else section["max_length"], config), section["dataset"]
-    seed = recipe.seed if section["seed"] is None else section["seed"]
     folder = getattr(model, "name_or_path", "") or None
     folder = folder if folder and Path(folder).is_dir() else None
-    if folder is None and dataset != "self":
+    if folder is None and recipe.calibration["dataset"] != "self":
         raise UsageError(f"{name} measures activations and the model does not say which folder its tokenizer is in; "
                          "give calibration_data=load_calibration(None, folder, ...) of llmquant.calibration.data")
-    return load_calibration(dataset, folder, text.vocab_size, section["num_samples"], length, seed, section["column"],
-                            generate=writer, trust_remote_code=getattr(model, "trusts_remote_code", False))
+    return recipe_calibration(recipe, config, folder, writer)
 
 # %% ../../nbs/in_memory/calibrate.ipynb #6e515da0
 def calibrate_model(

@@ -130,7 +130,8 @@ def suppress_model(
     planner.configure({"symmetric": True})
     _, adapter, source = plan_model(planner, model, 8, -1)
     check_supported(suppressor, adapter, source.config)
-    found = calibration_for(model, calibration_data, resolve(), suppressor.name if suppressor.needed_statistics() else "")
+    recipe = resolve({"trust_remote_code": getattr(model, "trusts_remote_code", False)}, origin="call")
+    found = calibration_for(model, calibration_data, recipe, suppressor.name if suppressor.needed_statistics() else "")
     undo, changed = remember(model), []
     try: _suppress_blocks(suppressor, planner, model, found.tokens, set(source.values), changed)
     except BaseException:

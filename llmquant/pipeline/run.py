@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 import torch
+from ..calibration.data import length_of
 from ..checkpoint.folders import checked_output, refuse_overlap
 from ..checkpoint.source import CheckpointSource, open_checkpoint
 from ..core.errors import UsageError
@@ -25,7 +26,7 @@ from ..core.scheme import dtype_name
 from ..export.export import Export, write_export
 from ..in_memory.adopt import adopt, is_adopted
 from ..in_memory.save import export_model
-from .calibrated import (calibrated_carry, calibration_of, data_free_need, identity, length_of,
+from .calibrated import (calibrated_carry, calibration_of, data_free_need, identity,
                                           need_of, needs_text, windows_at_a_time)
 from .info import info
 from .run_state import Run

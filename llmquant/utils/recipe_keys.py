@@ -226,7 +226,7 @@ _CALIBRATION = (
     Key("column", str, None, "column of the dataset that holds the text; null to find it", read=read_name),
     Key("num_samples", int, 100, "calibration sequences to read from the dataset", minimum=1),
     Key("batch_size", int, 1, "sequences per forward pass", minimum=1),
-    Key("max_length", int, 2048, "tokens per sequence", minimum=1),
+    Key("max_length", int, 2048, "tokens per sequence; no more than the model has positions for", minimum=2),
     Key("seed", int, None, "seed of a mixture's order; null takes quantization.seed", minimum=0, maximum=2**32 - 1))
 
 # %% ../../nbs/utils/recipe_keys.ipynb #da04d1ee
