@@ -17,7 +17,7 @@ from llmquant import load, quantize
 from llmquant.calibration.data import load_calibration
 from llmquant.checkpoint.source import open_checkpoint
 from llmquant.core.errors import UsageError, VerificationError
-from llmquant.pipeline.run import check
+from llmquant.pipeline.run import check, run
 from llmquant.utils.config import resolve
 
 GRID = dict(bits=4, group_size=32)
@@ -388,3 +388,33 @@ def test_values_that_transformers_cannot_read_are_refused_by_every_method(checkp
     "An export beside such a config.json could be loaded by nobody; a method without calibration says so as well."
     model = variant(checkpoints("llama"), tmp_path / "model", **values)
     assert "config.json of model type 'llama': transformers cannot" in refusal(model)
+
+
+@pytest.mark.parametrize("method", ["minmax", "hqq", "gptq"])
+def test_no_quantized_weight_is_infinite(checkpoints, tmp_path, method):
+    "65504 is the largest float16; a scale that is rounded up would make it infinite, which bfloat16 holds."
+    base = checkpoints("llama")
+    weight = tensors_of(base)[UP].clone()
+    weight[3, :16] = 65504
+    model = variant(base, tmp_path / "model", {**tensors_of(base), UP: weight})
+    try: quantize(model, tmp_path / "out", method, **GRID, **TEXT, torch_dtype="float16")
+    except UsageError as error:
+        assert re.search("^tensor .*up_proj.*overflows float16; set model.torch_dtype to bfloat16$", str(error))
+    else: assert all(tensor.isfinite().all() for tensor in load(tmp_path / "out").state_dict().values())
+    quantize(model, tmp_path / "wide", "minmax", **GRID, torch_dtype="bfloat16")
+    assert all(tensor.isfinite().all() for tensor in load(tmp_path / "wide").state_dict().values())
+
+
+@pytest.mark.parametrize("keys,says", [({"output_path": "file/deep/out"}, "is a file and no folder"),
+                                       ({"device_map": "cuda"}, "this torch sees no CUDA device"),
+                                       ({"verify": True}, "verify needs vLLM")], ids=["output", "device", "vllm"])
+def test_check_refuses_what_a_run_refuses(checkpoints, tmp_path, monkeypatch, keys, says):
+    "Before anything is opened: a file where a folder must be, a GPU and a server that are not there."
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("llmquant.evaluation.vllm_check.vllm_installed", lambda: False)
+    recipe = {"model_path": str(checkpoints("llama")), **GRID, "output_path": "out", **keys}
+    recipe["output_path"] = str(tmp_path / recipe["output_path"])
+    for act in check, run:
+        with pytest.raises(UsageError, match=says): act(resolve(recipe))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -47,7 +47,7 @@ def checked_output(
         folder = folder.resolve()
         if len(os.fsencode(folder.name)) > LONGEST_NAME:
             raise UsageError(f"{output}: its name is longer than {LONGEST_NAME} bytes; choose a shorter one")
-        if not os.path.lexists(folder): return folder
+        if not os.path.lexists(folder): return _below_folders(folder, output)
         if not folder.is_dir(): raise UsageError(f"{output}: is a file; give a folder that is missing or empty")
         if os.path.ismount(folder): raise UsageError(f"{output}: is a mount point; give a folder inside it")
         filled = any(folder.iterdir())
@@ -60,6 +60,12 @@ def checked_output(
     if filled and not holds_export(folder): raise not_ours(output)
     if any(place.is_relative_to(folder) for place in (Path.cwd(), Path.home().resolve())):
         raise UsageError(f"{output}: holds the working folder or the home folder and cannot be replaced; give another")
+    return folder
+
+def _below_folders(folder:Path, output)->Path:
+    "A missing folder whose place can be made; `UsageError` where a file stands in the way."
+    place = next(parent for parent in folder.parents if os.path.lexists(parent))
+    if not place.is_dir(): raise UsageError(f"{output}: {place} is a file and no folder; give a folder elsewhere")
     return folder
 
 def not_ours(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fastcore.basics import patch
 from torch import Tensor
 from .errors import UsageError
-from .qparams import decode, encode, fit_qparams
+from .qparams import FP8_MAX, decode, encode, fit_qparams
 from .scheme import QuantScheme, dtype_name
 
 # %% ../../nbs/core/qtensor.ipynb #0521be79
@@ -79,6 +79,17 @@ def check_values(self:QuantizedWeight):
     if not (torch.isfinite(self.scales) & (self.scales > 0)).all():
         raise UsageError("scales must be finite and positive")
     if self.scheme.float_zeros and not torch.isfinite(self.zeros).all(): raise UsageError("zeros must be finite")
+    self._check_largest()
+
+@patch
+def _check_largest(self:QuantizedWeight):
+    "`UsageError` when a weight is infinite in the dtype of its scale; only groups that reach so far are looked at."
+    scales, zeros, dtype = self.scales.float(), self.zeros.float(), self.scheme.scale_dtype
+    steps = FP8_MAX if self.scheme.type == "float" else torch.maximum(zeros.abs(), (self.scheme.qmax - zeros).abs())
+    far = scales * steps > torch.finfo(dtype).max
+    if not far.any() or torch.isfinite(self.dequantize(dtype)).all(): return
+    remedy = "set model.torch_dtype to bfloat16" if dtype == torch.float16 else "repair the checkpoint"
+    raise UsageError(f"its largest weight, once quantized, overflows {dtype_name(dtype)}; {remedy}")
 
 # %% ../../nbs/core/qtensor.ipynb #d6383497
 @patch

@@ -36,6 +36,7 @@ from ..utils.components import calibrates, make_quantizer, make_suppressors
 from ..utils.config import Recipe, recipe_to_dict, resolve, static_ranges
 from ..utils.logging import progress, quieted
 from ..utils.process import tight_memory
+from ..sequential.block_source import pick_device
 from ..sequential.equivalence import bare, compare_transformed, transformed
 from ..sequential.layer import with_words
 from ..sequential.layer_loop import run_layers
@@ -83,8 +84,10 @@ def look_at_output(
 def open_run(
     recipe:Recipe, # model_path and what to do
 ) -> Iterator[Run]: # Planned; its checkpoint is open
-    "Refuse what can be refused from names and shapes: the output folder, options, layers; then the run has its plan."
+    "Refuse what can be refused from names and shapes: output folder, device, options, layers; then the run has its plan."
     output = look_at_output(recipe)
+    pick_device(recipe.device_map)
+    if recipe.verify: require_vllm()
     quantizer, suppressors = make_quantizer(recipe), make_suppressors(recipe)
     with closing(open_checkpoint(recipe.model_path, recipe.trust_remote_code)) as original:
         if output: refuse_overlap(output, original.files())
@@ -167,7 +170,6 @@ def _run(recipe:Recipe) -> dict:
     torch.manual_seed(recipe.seed)
     if not recipe.model_path: raise UsageError("no model given; name a checkpoint with --model-path")
     if not recipe.output_path: raise UsageError("no output given; name a folder with --output-path")
-    if recipe.verify: require_vllm()
     with open_run(recipe) as run:
         run.facts |= {"recipe": recipe_to_dict(recipe), "model": _model_facts(run)}
         device, quantizer, plan = run.device, run.quantizer, run.plan
