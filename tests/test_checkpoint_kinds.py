@@ -418,3 +418,13 @@ def test_check_refuses_what_a_run_refuses(checkpoints, tmp_path, monkeypatch, ke
     for act in check, run:
         with pytest.raises(UsageError, match=says): act(resolve(recipe))
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_class_of_another_model_type_is_named(checkpoints, tmp_path):
+    "What vLLM would build from it is no Llama; what is fused is that of the model all the same."
+    base = checkpoints("llama")
+    plans = [check(resolve({"model_path": str(path), **GRID})) for path in (
+        base, variant(base, tmp_path / "model", architectures=["BertModel"]))]
+    assert [note for note in plans[0].server_notes if "architectures" in note] == []
+    assert "architectures has BertModel, a class of model type bert and not of llama" in plans[1].server_notes[0]
+    assert "BertModel" not in plans[1].fused_by and plans[0].layout == plans[1].layout

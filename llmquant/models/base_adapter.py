@@ -23,7 +23,7 @@ from ..core.registry import by_name
 from .text_config import text_config
 from .expected import check_tensors, dense_shapes
 from .rotation_sites import COMMON_TYPES, STREAM, common_sites
-from .served_class import FusedTable, served_names, served_otherwise, served_table, vllm_folder
+from .served_class import FusedTable, foreign_classes, served_names, served_otherwise, served_table, vllm_folder
 from .sites import (TIED, LinearSite, check_counts, module_of, number_of_blocks, sites_by_names,
                                    split_block)
 from .skeleton import (UNREAD, assemble, checkpoint_names, find_blocks, module_names, on_disk, saved_state,
@@ -112,8 +112,10 @@ def fused_groups(self:Architecture,
 @patch
 def fused_table(self:Architecture) -> FusedTable: # of the checkpoint that was looked at last
     "What vLLM fuses, by its own class where it is installed, else by `fused`; names of fused weights are this table's and that class's."
-    architectures = self.seen.get("config", {}).get("architectures") or ()
-    table, why = served_table(vllm_folder(), tuple(filter(lambda name: isinstance(name, str), architectures)))
+    config = self.seen.get("config", {})
+    foreign, named = foreign_classes(config), config.get("architectures") or ()
+    own = tuple(name for name in named if isinstance(name, str) and name not in foreign)
+    table, why = served_table(vllm_folder(), own)
     table = table or FusedTable(self.fused, f"the adapter's table; {why}")
     return replace(table, joined={**self.joined, **table.joined})
 

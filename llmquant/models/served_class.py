@@ -6,7 +6,7 @@
 __all__ = ['TABLE', 'REGISTRY', 'NOT_INSTALLED', 'SERVED_ELSEWHERE', 'PER_LAYER_NOTE', 'NO_HEAD_NOTE', 'FusedTable',
            'syntax_tree', 'class_alone', 'vllm_folder', 'module_file', 'imported_from', 'find_class', 'assignments',
            'literal_table', 'class_table', 'served_class', 'vllm_version', 'served_table', 'served_names',
-           'served_otherwise']
+           'types_by_class', 'foreign_classes', 'served_otherwise']
 
 # %% ../../nbs/models/served_class.ipynb #1dd2444f
 import ast, re
@@ -192,6 +192,28 @@ def served_names(
     parts = SERVED_ELSEWHERE.get(model_type, {}).items()
     return [name.replace(part, other) for name in names for part, other in parts if part in name]
 
+# %% ../../nbs/models/served_class.ipynb #c4b7d816
+@lru_cache(maxsize=1)
+def types_by_class() -> dict[str, set[str]]: # name of a class -> model types
+    "For which model types transformers has each of its classes."
+    from transformers.models.auto import modeling_auto
+    found, tables = {}, [t for name, t in vars(modeling_auto).items() if name.endswith("_MAPPING_NAMES")]
+    for kind, classes in (item for table in tables for item in table.items()):
+        for name in (classes,) if isinstance(classes, str) else classes: found.setdefault(name, set()).add(kind)
+    return found
+
+def foreign_classes(
+    config: Mapping, # config.json
+) -> dict[str, list[str]]: # name of a class -> the model types that it belongs to
+    "Architectures that are classes of other model types alone."
+    kind, names = config.get("model_type"), config.get("architectures")
+    if not isinstance(kind, str) or not isinstance(names, (list, tuple)) or config.get("auto_map"): return {}
+    usual = f"{kind.replace('_', '')}forcausallm"
+    odd = [name for name in names if isinstance(name, str) and name.lower() != usual]
+    if not odd or not any(kind in types for types in types_by_class().values()): return {}
+    types = {name: types_by_class().get(name, {kind}) for name in odd}
+    return {name: sorted(known) for name, known in types.items() if kind not in known}
+
 # %% ../../nbs/models/served_class.ipynb #0f8b3c72
 PER_LAYER_NOTE = ("vLLM 0.32 does not hand the embeddings per layer to its text-only Gemma3nForCausalLM, so it answers "
                   "otherwise than the model in every dtype, quantized or not; the class of the whole model, "
@@ -203,6 +225,9 @@ def served_otherwise(
     config: Mapping, # config.json
 ) -> list[str]:      # sentences, mostly none
     "What vLLM's class does otherwise than the model, whatever the schemes are."
-    names = config.get("architectures")
-    if not isinstance(names, (list, tuple)) or "Gemma3nForCausalLM" not in names: return []
-    return [PER_LAYER_NOTE if config.get("tie_word_embeddings", True) else NO_HEAD_NOTE]
+    names, foreign = config.get("architectures"), foreign_classes(config)
+    found = [f"config.json: architectures has {name}, a class of model type {', '.join(types)} and not of "
+             f"{config['model_type']} by transformers; vLLM builds what stands there, so write the model's own class"
+             for name, types in foreign.items()]
+    if not isinstance(names, (list, tuple)) or "Gemma3nForCausalLM" not in names: return found
+    return [*found, PER_LAYER_NOTE if config.get("tie_word_embeddings", True) else NO_HEAD_NOTE]
