@@ -75,7 +75,7 @@ def suppress(model, suppressor, tokens, activations=None, dtype=torch.float32, *
     for index in range(len(loop.blocks)):
         block, view = view_of(loop, index, activations=activations, dtype=dtype)
         suppressor.apply_to_block(view)
-        loop.stream = loop.feed(index, block, loop.stream, "quantized")
+        loop.activations = loop.feed(index, block, loop.activations, "quantized")
         for (part, name), parameter in loop.blocks.lent.items(): parameter.data.copy_(part._parameters[name])
         loop.blocks.empty()
         views.append(view)

@@ -24,7 +24,7 @@ def no_grad():
     with torch.no_grad(): yield
 
 
-def loud(kind, **changes):
+def with_outliers(kind, **changes):
     "A tiny float32 model whose norms make some channels large, so that there is something to find."
     model = tiny.build(kind, torch.float32, **changes)
     generator = torch.Generator().manual_seed(5)
@@ -63,11 +63,11 @@ def view_of(loop, index=0, drop=(), dtype=torch.float16, pairs=None):
 @pytest.mark.parametrize("kind,index", [("llama", 0), ("qwen2", 1), ("qwen2_moe", 0), ("qwen2_moe", 1),
                                         ("deepseek_v3", 1), ("deepseek_v2", 0)])
 def test_function_stays_and_statistics_follow(kind, index):
-    loop = loop_over(loud(kind, **LITE.get(kind, {})))
+    loop = loop_over(with_outliers(kind, **LITE.get(kind, {})))
     block, view, groups = view_of(loop, index)
-    before = loop.run(index, block, loop.stream, 0)
+    before = loop.run(index, block, loop.activations, 0)
     loop.quantizer.prepare_block(view)
-    after = loop.run(index, block, loop.stream, 0)
+    after = loop.run(index, block, loop.activations, 0)
     assert (after - before).norm() / before.norm() < 2e-6
     edited = {name for pair in view.pairs for name in (pair.producer, *pair.consumers)}
     assert view.edited and view.edited <= edited
@@ -88,7 +88,7 @@ def test_function_stays_and_statistics_follow(kind, index):
 
 @pytest.mark.parametrize("symmetric", (False, True))
 def test_output_error_below_plain_rounding(symmetric):
-    loop = loop_over(loud("llama"), symmetric=symmetric)
+    loop = loop_over(with_outliers("llama"), symmetric=symmetric)
     block, view, _ = view_of(loop)
     plain = {}
     for name, plan in view.plans.items():
@@ -105,22 +105,22 @@ def test_output_error_below_plain_rounding(symmetric):
 
 
 def test_a_consumer_in_float_gets_powers_of_two():
-    loop = loop_over(loud("llama"))
+    loop = loop_over(with_outliers("llama"))
     block, view, _ = view_of(loop, drop=("k_proj",))
     name = "model.layers.0.self_attn.k_proj"
     old = view.module(name).weight.clone()
-    before = loop.run(0, block, loop.stream, 0)
+    before = loop.run(0, block, loop.activations, 0)
     loop.quantizer.prepare_block(view)
     factors = (view.module(name).weight / old)[0]
     assert (factors != 1).any() and (factors.log2() - factors.log2().round()).abs().max() < 5e-3
     assert name in view.edited and name not in view.stats
-    after = loop.run(0, block, loop.stream, 0)
+    after = loop.run(0, block, loop.activations, 0)
     assert (after - before).norm() / before.norm() < 2e-6
     loop.blocks.empty()
 
 
 def test_a_producer_in_float_stays_representable():
-    model, name = loud("llama"), "model.layers.0.self_attn.v_proj"
+    model, name = with_outliers("llama"), "model.layers.0.self_attn.v_proj"
     rows = torch.exp(1.5 * torch.randn(64, 1, generator=torch.Generator().manual_seed(3)))
     value = model.get_submodule(name).weight
     value.copy_((value * rows).half().float())
@@ -136,7 +136,7 @@ def test_a_producer_in_float_stays_representable():
 
 
 def test_a_pair_without_quantized_consumers_is_skipped():
-    loop = loop_over(loud("llama"))
+    loop = loop_over(with_outliers("llama"))
     _, view, _ = view_of(loop, drop=("gate_proj", "up_proj", "down_proj"))
     loop.quantizer.prepare_block(view)
     assert not any("mlp" in name or "post_attention" in name for name in view.edited)
@@ -145,7 +145,7 @@ def test_a_pair_without_quantized_consumers_is_skipped():
 
 
 def test_errors_name_the_pair_and_the_adapters():
-    loop = loop_over(loud("llama"))
+    loop = loop_over(with_outliers("llama"))
     pair = SmoothingPair("model.layers.0.input_norm", ("model.layers.0.self_attn.q_proj",))
     _, view, _ = view_of(loop, pairs=(pair,))
     said = r"smoothing pair model\.layers\.0\.input_norm -> .*q_proj does not match block 0"
@@ -164,7 +164,7 @@ def test_errors_name_the_pair_and_the_adapters():
 
 
 def test_a_forgotten_consumer_is_stopped_by_the_walk():
-    loop = loop_over(loud("llama"))
+    loop = loop_over(with_outliers("llama"))
     _, view, _ = view_of(loop)
     loop.blocks.empty()
     half = tuple(replace(p, consumers=p.consumers[:1]) for p in view.pairs)
@@ -181,7 +181,7 @@ def test_other_architectures_claim_no_pairs(kind):
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
 def test_layernorms_and_biases_fold_exactly(dtype):
-    model = loud("opt", layers=1)
+    model = with_outliers("opt", layers=1)
     at, ids = "model.decoder.layers.0", torch.arange(3, 40)[None]
     pairs = [SmoothingPair(f"{at}.self_attn_layer_norm", tuple(f"{at}.self_attn.{n}_proj" for n in "qkv")),
              SmoothingPair(f"{at}.self_attn.v_proj", (f"{at}.self_attn.out_proj",)),

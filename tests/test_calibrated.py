@@ -120,7 +120,7 @@ def test_target_layers_and_overrides(checkpoints, tmp_path):
     assert len(layers) == 12 and "model.layers.2.mlp.up_proj" not in layers
     in_8_bits = {name for name, layer in layers.items() if layer["scheme"].startswith("W8")}
     assert in_8_bits == {f"model.layers.{i}.mlp.down_proj" for i in (1, 2)}
-    assert report["calibration"]["passes_over_each_block"] < 2  # nothing runs behind the last quantized block
+    assert report["calibration"]["forward_passes_per_block"] < 2  # nothing runs behind the last quantized block
 
 
 def changed(path, source, **values):
@@ -174,7 +174,7 @@ def test_a_resumed_report_counts_all_passes(checkpoints, tmp_path, monkeypatch):
     report = quantize(same, out, "gptq", bits=4, group_size=32, **KEYS)
     assert "resumed" not in whole and report["resumed"]["at_block"] == 4
     # a resumed run looks once more which Linears share an input
-    once = report["calibration"]["passes_over_each_block"] - whole["calibration"]["passes_over_each_block"]
+    once = report["calibration"]["forward_passes_per_block"] - whole["calibration"]["forward_passes_per_block"]
     assert 0 <= once <= 0.1
     assert bytes_of(out) == bytes_of(tmp_path / "whole")
 

@@ -199,11 +199,11 @@ def test_a_consumer_in_float_gets_powers_of_two(maker):
     loop = loop_over(inject_outliers(tiny.build("llama", torch.float32), [5], 24.), TOKENS)
     block, view = view_of(loop, drop=("k_proj",), activations=A8, dtype=torch.float16)
     key = view.module("model.layers.0.self_attn.k_proj").weight
-    old, before = key.clone(), loop.run(0, block, loop.stream, 0)
+    old, before = key.clone(), loop.run(0, block, loop.activations, 0)
     MAKERS[maker]().apply_to_block(view)
     factors = (key / old).nanmedian(0).values
     assert (factors != 1).any() and (factors.log2() - factors.log2().round()).abs().max() < 5e-3
-    assert moved(loop.run(0, block, loop.stream, 0), before) < 1e-5
+    assert moved(loop.run(0, block, loop.activations, 0), before) < 1e-5
     loop.blocks.empty()
 
 

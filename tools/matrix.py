@@ -54,7 +54,7 @@ GRID = {"bits": (2, 3, 4, 8), "symmetric": (True, False), "granularity": tuple(G
 FAMILIES = ("qwen2", "qwen3", "deepseek_v3")
 VARIANTS = {"": {}, "tied": {"tie": True}, "biased": {"attention_bias": True}}
 CHANNELS, FACTOR = [5, 40, 77, 110], 16  # outliers injected before suppressors; a power of two, so nothing is rounded
-LOUD = {"llama": 64, "gpt_neox": 16, "opt": 16}  # times the embeddings before outlier_suppression_v2, see `louder_`
+ENLARGED = {"llama": 64, "gpt_neox": 16, "opt": 16}  # times the embeddings before outlier_suppression_v2, see `enlarge_embeddings_`
 TENSOR = {"granularity": "tensor"}
 INPUTS = {  # grids of activations -> the recipe's section
     "int8 token": {"activations": 8},
@@ -228,14 +228,14 @@ def base(model, folder, variant="", suppressors=""):
     if suppressors:
         outliers.inject_outliers(made, CHANNELS, FACTOR)
     if "outlier_suppression_v2" in suppressors:
-        louder_(made, LOUD.get(model, 1))
+        enlarge_embeddings_(made, ENLARGED.get(model, 1))
     made.save_pretrained(path)
     tiny.publish(path, model)
     tiny_tokenizer.save(path)
     return path
 
 
-def louder_(model, factor):
+def enlarge_embeddings_(model, factor):
     """Make the residual stream that blocks add to `factor` times as large, as trained models have it; tied logits stay.
     outlier_suppression_v2 shifts nothing where rounding biases to half would show, and in a quiet stream it shows."""
     import torch

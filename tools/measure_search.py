@@ -63,7 +63,7 @@ def measure(given):
                 if not judged: found = search(view, OutlierSuppressionRegistry.get(given.suppressor)())
                 print(json.dumps({"block": index, **found}), flush=True)
                 loop.blocks.empty()
-            loop.stream = loop.feed(index, loop.blocks.load(index), loop.stream, "quantized")
+            loop.activations = loop.feed(index, loop.blocks.load(index), loop.activations, "quantized")
             loop.blocks.empty()
 
 

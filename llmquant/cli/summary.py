@@ -165,7 +165,7 @@ def _peak_text(report:Mapping[str, Any]) -> str:
 def _calibration_text(facts:Mapping[str, Any]) -> str:
     "What was read, and how often it went through each block."
     return (f"{facts.get('tokens', '?')} tokens of {facts.get('dataset', 'given tokens')}, "
-            f"{facts.get('passes_over_each_block', '?')} passes")
+            f"{facts.get('forward_passes_per_block', '?')} passes")
 
 def _suppression_rows(
     stages:Iterable[Mapping], # The report's `outlier_suppression.sizes`

@@ -59,9 +59,9 @@ def calibrate_model(
     "Walk up a model's blocks."
     dtype = compute_dtype(str(model.device), model.dtype, quantizer.edits_blocks() or bool(suppressors))
     storage = Storage(model.dtype, str(model.device))
-    walk = start_blocks(plan, quantizer, for_model(model, adapter, dtype), tokens, batch_size, storage, suppressors=suppressors)
+    loop = start_blocks(plan, quantizer, for_model(model, adapter, dtype), tokens, batch_size, storage, suppressors=suppressors)
     shown, say = with_words(progress, description="quantizing", unit="block", interval=1)
-    run_blocks(walk, sink, None, partial(adapter.smoothing_pairs, model.config.to_dict()), progress=shown,
+    run_blocks(loop, sink, None, partial(adapter.smoothing_pairs, model.config.to_dict()), progress=shown,
           tell=lambda index, results: say(results))
 
 # %% ../../nbs/in_memory/calibrate.ipynb #6701be98

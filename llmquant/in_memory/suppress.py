@@ -192,30 +192,30 @@ def _suppress_blocks(suppressor, planner, model, tokens:Tensor, before:set[str],
     plan, adapter, source = plan_model(planner, model, 8, -1) # biases may be declared by now
     mark_edited(model, set(source.values) - before)
     storage = Storage(torch.float32, str(model.device))
-    walk = start_blocks(plan, planner, for_model(model, adapter, torch.float32), tokens, 1, storage, suppressors=(suppressor,))
+    loop = start_blocks(plan, planner, for_model(model, adapter, torch.float32), tokens, 1, storage, suppressors=(suppressor,))
     try:
-        for index in progress(range(len(walk.blocks)), description=suppressor.name, unit="block", interval=1):
-            _suppress_block(walk, index, changed)
-    finally: walk.blocks.empty()
+        for index in progress(range(len(loop.blocks)), description=suppressor.name, unit="block", interval=1):
+            _suppress_block(loop, index, changed)
+    finally: loop.blocks.empty()
 
 # %% ../../nbs/in_memory/suppress.ipynb #543ad334
-def _suppress_block(walk, index:int, changed:list):
+def _suppress_block(loop, index:int, changed:list):
     "One block: suppress, go on to the next, and bring the edit into the model; old values are noted in `changed`."
-    adapter, block = walk.blocks.adapter, walk.blocks.load(index)
-    plans = {l.name: l for l in walk.plan.quantized if l.block == index}
-    modules = {name: adapter.get_layer_by_name(walk.blocks.model, name) for name in plans}
-    groups = walk.find_groups(index, block, modules)
+    adapter, block = loop.blocks.adapter, loop.blocks.load(index)
+    plans = {l.name: l for l in loop.plan.quantized if l.block == index}
+    modules = {name: adapter.get_layer_by_name(loop.blocks.model, name) for name in plans}
+    groups = loop.find_groups(index, block, modules)
     leaders = {names[0]: modules[names[0]] for names in groups}
-    pairs = adapter.smoothing_pairs(walk.blocks.model.config.to_dict(), index)
-    values = walk.edited_values(walk.suppress(index, block, plans, leaders, groups, pairs), {})
-    walk.stream = walk.in_float = walk.feed(index, block, walk.stream, "quantized")
-    walk.blocks.empty()
+    pairs = adapter.smoothing_pairs(loop.blocks.model.config.to_dict(), index)
+    values = loop.edited_values(loop.suppress(index, block, plans, leaders, groups, pairs), {})
+    loop.activations = loop.in_float = loop.feed(index, block, loop.activations, "quantized")
+    loop.blocks.empty()
     for name, value in values.items():
         where, _, kind = name.rpartition(".")
-        parameter = adapter.get_layer_by_name(walk.blocks.model, where)._parameters[kind]
+        parameter = adapter.get_layer_by_name(loop.blocks.model, where)._parameters[kind]
         changed.append((parameter, parameter.clone()))
         parameter.copy_(value)
-    mark_edited(walk.blocks.model, values)
+    mark_edited(loop.blocks.model, values)
 
 # %% ../../nbs/in_memory/suppress.ipynb #60cb2fd1
 def untied_head(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['logger', 'WITHOUT_EFFECT', 'needs_text', 'calibration_of', 'windows_at_a_time', 'sample_from', 'conversion_of',
            'searching_of', 'need_of', 'data_free_need', 'products_per_second', 'search_products', 'tell_search',
-           'check_pairs', 'identity', 'RunJournal', 'calibrated_carry', 'warn_of_few', 'tell_report',
-           'tell_suppression', 'log_layers']
+           'check_pairs', 'identity', 'RunJournal', 'calibrated_carry', 'warn_of_few', 'note_calibration',
+           'suppression_facts', 'log_layers']
 
 # %% ../../nbs/pipeline/calibrated.ipynb #715f64c0
 import logging, os
@@ -269,15 +269,15 @@ def calibrated_carry(
     edits = run.quantizer.edits_blocks() or bool(run.blockwise)
     blocks = for_checkpoint(source, run.adapter, run.device, compute_dtype(run.device, source.dtype, edits), run.flow)
     if journal.done: logger.info("resuming at block %d of 0 to %d", len(journal.done), len(blocks) - 1)
-    walk = start_blocks(run.plan, run.quantizer, blocks, run.data.tokens, recipe.calibration["batch_size"],
+    loop = start_blocks(run.plan, run.quantizer, blocks, run.data.tokens, recipe.calibration["batch_size"],
                         Storage(source.dtype, None if need.in_files else run.device, sink.hidden_states), journal.done,
                         run.blockwise)
     shown, say = with_words(progress, description="quantizing", unit="block", interval=1, done=len(journal.done))
     def tell(index, results):
         log_layers(results)
         say(results)
-    results = run_blocks(walk, sink, source, partial(run.adapter.smoothing_pairs, source.config), journal, shown, tell)
-    tell_report(run, walk, journal)
+    results = run_blocks(loop, sink, source, partial(run.adapter.smoothing_pairs, source.config), journal, shown, tell)
+    note_calibration(run, loop, journal)
     warn_of_few(results)
     return results
 
@@ -293,28 +293,28 @@ def warn_of_few(
                    few[0].notes["few_tokens"])
 
 # %% ../../nbs/pipeline/calibrated.ipynb #abdab5ac
-def tell_report(
+def note_calibration(
     run:Run,            # Its facts receive more
-    walk,               # The `BlockLoop` that ran
+    loop,               # The `BlockLoop` that ran
     journal:RunJournal, # Of the run
 ):
     "Add what only the block loop measures to what the report will list."
     facts, data, need = run.facts, run.data, run.need
     facts |= {"calibration": {**data.facts, "fingerprint": data.fingerprint,
-                              "passes_over_each_block": round(walk.passes / max(len(walk.blocks), 1), 3),
+                              "forward_passes_per_block": round(loop.passes / max(len(loop.blocks), 1), 3),
                               "hidden_states": "in files" if need.in_files else "in memory, and in files for resuming"},
               "memory": {"predicted_peak_mib": -(-need.peak >> 20)}}
     if journal.done:
         facts["resumed"] = {"at_block": len(journal.done), "seconds_before": journal.before}
-    if walk.suppressed: facts["outlier_suppression"] = tell_suppression(run, walk)
+    if loop.suppressed: facts["outlier_suppression"] = suppression_facts(run, loop)
 
-def tell_suppression(
+def suppression_facts(
     run:Run, # With its calibration text
-    walk,    # The `BlockLoop` that ran
+    loop,    # The `BlockLoop` that ran
 ) -> dict:
     "What block by block suppressors did, beside what the report says of others."
-    blocks = {index: dict(walk.suppressed[index]) for index in sorted(walk.suppressed)}
-    by, tokens = ", ".join(s.name for s in walk.suppressors), f"{run.data.facts['tokens']} tokens of the calibration text"
+    blocks = {index: dict(loop.suppressed[index]) for index in sorted(loop.suppressed)}
+    by, tokens = ", ".join(s.name for s in loop.suppressors), f"{run.data.facts['tokens']} tokens of the calibration text"
     sizes = model_sizes({index: found.pop("sizes", {}) for index, found in blocks.items()}, by, tokens)
     before = run.facts.get("outlier_suppression", {})
     return before | {"blocks": blocks} | ({"sizes": [*before.get("sizes", ()), sizes]} if sizes else {})

@@ -34,7 +34,7 @@ class BlockLoop:
     quantizer: object            # A configured quantizer
     blocks: BlockSource          # The decoder
     entry: BlockInputs           # How its blocks are called
-    stream: Activations          # Hidden states of the quantized model, in front of the block at hand
+    activations: Activations          # Hidden states of the quantized model, in front of the block at hand
     in_float: Activations        # Those of the float model; the same object until the first weight is quantized
     next_activations: Callable[[str, int], Activations] # ("quantized" or "float", block) to a place for its inputs
     groups: dict = field(default_factory=dict)  # Which Linears of a block share inputs, by the names inside the block
@@ -62,23 +62,23 @@ class BlockLoop:
 def run(self:BlockLoop,
     index:int,          # Of the block
     block:nn.Module,    # Filled
-    stream:Activations, # Hidden states of all batches
+    activations:Activations, # Hidden states of all batches
     batch:int,          # Which of them
 ) -> Tensor:            # [windows, tokens, hidden_size]
     "One block on one batch: its hidden states; `UsageError` when a finite input gives NaN or infinity."
-    return self.pass_through(index, block, stream, batch)[0]
+    return self.pass_through(index, block, activations, batch)[0]
 
 @patch
 def pass_through(self:BlockLoop,
     index:int, block:nn.Module, # The block, filled
-    stream:Activations,         # Its inputs
+    activations:Activations,         # Its inputs
     batch:int,                  # Which
 ) -> tuple[Tensor, dict]:       # Hidden states, and what travels beside them
     "`run`, with everything that the next block is given."
-    hidden = stream.get(batch).to(self.blocks.device, self.blocks.dtype)
+    hidden = activations.get(batch).to(self.blocks.device, self.blocks.dtype)
     cast = lambda leaf: leaf.to(self.blocks.device, self.blocks.dtype if leaf.is_floating_point() else leaf.dtype)
-    beside = tree_map(lambda leaf: cast(leaf) if isinstance(leaf, Tensor) else leaf, stream.get_beside(batch))
-    self.passes += 1 / len(stream)
+    beside = tree_map(lambda leaf: cast(leaf) if isinstance(leaf, Tensor) else leaf, activations.get_beside(batch))
+    self.passes += 1 / len(activations)
     out, beside = self.entry.call(index, block, hidden, batch, beside)
     if not torch.isfinite(out.sum()) and not torch.isfinite(out).all():
         raise UsageError(f"block {index} ({self.blocks.names[id(block)]}): batch {batch} of the calibration text gives "
@@ -90,13 +90,13 @@ def pass_through(self:BlockLoop,
 def feed(self:BlockLoop,
     index:int,           # Which block
     block:nn.Module,     # Filled, with the weights to use
-    stream:Activations,  # Its inputs
+    activations:Activations,  # Its inputs
     name:str,            # "quantized" or "float"
     out:Activations|None=None, # Where they go; a new place when not given
 ) -> Activations:        # Its outputs: the next block's inputs
     "Run all calibration text through a block."
     out = out or self.next_activations(name, index + 1)
-    for batch in range(len(stream)): out.put(batch, *self.pass_through(index, block, stream, batch))
+    for batch in range(len(activations)): out.put(batch, *self.pass_through(index, block, activations, batch))
     return out
 
 # %% ../../nbs/sequential/block_loop.ipynb #04a0e2dc
@@ -110,7 +110,7 @@ def find_groups(self:BlockLoop,
     inside = [name.removeprefix(where) for name in modules]
     key = type(block), tuple(inside)
     if key not in self.groups:
-        found, repeated = input_groups(modules, lambda: self.run(index, block, self.stream, 0))
+        found, repeated = input_groups(modules, lambda: self.run(index, block, self.activations, 0))
         self.groups[key] = [[name.removeprefix(where) for name in names] for names in found]
         self.repeated[key] = {name.removeprefix(where) for name in repeated}
     self.called_twice = {where + name for name in self.repeated[key]}
@@ -137,15 +137,15 @@ def measure(self:BlockLoop,
     stats, last = {name: LayerStats() for name in leaders}, self.last_of(leaders)
     wanted = self.wanted if wanted is None else wanted
     corrects = "cross" in wanted
-    apart = corrects and (self.in_float is not self.stream or bool(floats))
+    apart = corrects and (self.in_float is not self.activations or bool(floats))
     if not apart: wanted = tuple(s for s in wanted if s != "cross")
-    for batch in range(len(self.stream)):
+    for batch in range(len(self.activations)):
         seen = self._inputs_in_float(index, block, leaders, batch, keep, floats or {}) if apart else {}
         def see(name, inputs):
             stats[name].add(inputs, wanted, seen[name].pop(0) if apart else None)
             if name == last and (apart or keep is None): raise Enough
         with watching(leaders, see):
-            given = self.pass_through(index, block, self.stream, batch)
+            given = self.pass_through(index, block, self.activations, batch)
             if not apart and keep is not None: keep.put(batch, *given)
     for name, found in stats.items():
         if corrects and not apart: found.add_no_error(leaders[name].in_features)
@@ -186,10 +186,10 @@ def edit_checked(self:BlockLoop,
     name:str,                        # Whose edit it is, for the message
 ) -> float:                          # Relative change of the block's output
     "Let a suppressor or a method edit the block, and check that the block still computes the same function."
-    before = self.run(index, block, self.stream, 0)
+    before = self.run(index, block, self.activations, 0)
     edit(view)
     if not view.edited: return 0.
-    after = self.run(index, block, self.stream, 0)
+    after = self.run(index, block, self.activations, 0)
     moved = float((after - before).norm() / before.norm().clamp(min=1e-30))
     if moved > SAME_FUNCTION:
         raise UsageError(f"block {index}: {name} changed its function by {moved:.1e} before anything "
@@ -208,8 +208,8 @@ def view(self:BlockLoop,
 ) -> BlockView:
     "One block for somebody who edits it."
     find = lambda name: self.blocks.adapter.get_layer_by_name(self.blocks.model, name)
-    run = lambda batch: self.run(index, block, self.stream, batch)
-    return BlockView(index, self.plan.dtype, dict(plans), dict(stats), pairs, find, run, len(self.stream),
+    run = lambda batch: self.run(index, block, self.activations, batch)
+    return BlockView(index, self.plan.dtype, dict(plans), dict(stats), pairs, find, run, len(self.activations),
                      block=block)
 
 # %% ../../nbs/sequential/block_loop.ipynb #c79b32a8
@@ -385,7 +385,7 @@ def _step(self:BlockLoop, index:int, plans:dict[str, LayerPlan], pairs:tuple, la
     "`step`, with the block left filled."
     block = self.blocks.load(index)
     self.check_block(block)
-    used = list({id(s): s for s in (self.stream, self.in_float)}.values())
+    used = list({id(s): s for s in (self.activations, self.in_float)}.values())
     apart = self.corrects and not last and (bool(plans) or len(used) > 1)
     in_float = self.next_activations("float", index + 1) if apart else None
     found, edited = self.quantize_block(index, block, plans, pairs, in_float) if plans else ([], set())
@@ -393,8 +393,8 @@ def _step(self:BlockLoop, index:int, plans:dict[str, LayerPlan], pairs:tuple, la
     if not last:
         if apart and not plans: self.feed(index, block, self.in_float, "float", in_float)
         find = lambda name: self.blocks.adapter.get_layer_by_name(self.blocks.model, name)
-        with quantized_inputs(input_quantizers(find, found)): self.stream = self.feed(index, block, self.stream, "quantized")
-        self.in_float = in_float or self.stream
+        with quantized_inputs(input_quantizers(find, found)): self.activations = self.feed(index, block, self.activations, "quantized")
+        self.in_float = in_float or self.activations
     return found, values, used
 
 # %% ../../nbs/sequential/block_loop.ipynb #a8f96dca

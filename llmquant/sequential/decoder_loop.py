@@ -155,7 +155,7 @@ def record_of(
 ) -> dict:                 # Plain values
     "One block for the journal."
     own = {"suppressed": loop.suppressed[index]} if index in loop.suppressed else {}
-    return own | {"apart": loop.in_float is not loop.stream, "passes": loop.passes, "edited": edited,
+    return own | {"apart": loop.in_float is not loop.activations, "passes": loop.passes, "edited": edited,
             "results": [{"layer": r.layer.name, "relative_error": r.relative_error, "digest": r.digest,
                          "seconds": r.seconds, "notes": dict(r.notes)} for _, r in found]}
 
