@@ -1,4 +1,4 @@
-"""Calibrated runs: both doors give the same codes, killed runs go on, wrong ones are refused."""
+"""Calibrated runs: both entry points give the same codes, killed runs resume, wrong ones are refused."""
 import hashlib
 import json
 import os

@@ -1,4 +1,4 @@
-"""Calibrated methods on a GPU: the CPU's errors, and the same codes through both doors. Skipped where there is none."""
+"""Calibrated methods on a GPU: the CPU's errors, the same codes through both entry points. Skipped where there is none."""
 import sys
 from pathlib import Path
 

@@ -27,7 +27,7 @@ def linears(model): return {m.checkpoint_name: m for m in model.modules() if isi
 
 @pytest.mark.parametrize("section", [{"activations": {"bits": 8}}, {"activations": 8, "bits": 8}, {"bits": 3}])
 def test_what_is_implied_is_implied_in_memory_too(section, tmp_path):
-    "The same codes through both doors when the call says neither bits nor group_size."
+    "The same codes through both entry points when the call says neither bits nor group_size."
     from transformers import AutoModelForCausalLM
     tiny_tokenizer.save(tiny.make("llama", tmp_path / "base"))
     config = {"quantization": section}

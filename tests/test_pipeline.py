@@ -1,4 +1,4 @@
-"The two doors, the guide's style, third parties, bad input: what crosses modules."
+"Both entry points, the guide's style, third parties, bad input: what crosses modules."
 import errno
 import json
 import os

@@ -1,4 +1,4 @@
-"""Outlier suppressors through both doors: the function stays, the files are right, wrong recipes are refused."""
+"""Outlier suppressors through both entry points: the function stays, the files are right, wrong recipes are refused."""
 import json
 import sys
 from pathlib import Path
