@@ -55,7 +55,7 @@ def checked_output(
     except (OSError, RuntimeError, ValueError) as error: # RuntimeError: a loop of links; ValueError: a zero byte
         raise UsageError(f"{output}: cannot be used as output folder ({error}); choose another") from None
     if filled and not overwrite:
-        known = " or replace it with --overwrite" if holds_export(folder) else ""
+        known = " or replace it with --overwrite (in Python overwrite=True)" if holds_export(folder) else ""
         raise UsageError(f"{output}: is not empty; give a missing or empty folder{',' if known else ''}{known}")
     if filled and not holds_export(folder): raise not_ours(output)
     if any(place.is_relative_to(folder) for place in (Path.cwd(), Path.home().resolve())):

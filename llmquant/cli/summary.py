@@ -201,6 +201,12 @@ def _error_rows(
     return rows + ([("output error", _errors_text(outputs))] if outputs else [])
 
 # %% ../../nbs/cli/summary.ipynb #ecbeab30
+def _time_text(seconds:Mapping[str, float]) -> str:
+    "What quantizing and writing took, and the verification behind it."
+    own = ", ".join(f"{value:.3g} s {kind}" for kind, value in seconds.items() if kind != "verification")
+    more = f"; verification {seconds['verification']:.3g} s" if "verification" in seconds else ""
+    return f"quantizing and writing {own}{more}"
+
 def report_text(
     report:Mapping[str, Any], # What `pipeline.run` returns
     output:str,               # The export's folder
@@ -214,7 +220,7 @@ def report_text(
             ("layers", f"{len(layers)} quantized with {report['method']}, {left} left in float")]
     if dense := _dense_text(sizes): rows.insert(2, ("", dense))
     if layers: rows += _error_rows(layers)
-    if seconds: rows.append(("time", ", ".join(f"{value:.3g} s {kind}" for kind, value in seconds.items())))
+    if seconds: rows.append(("time", _time_text(seconds)))
     if report.get("peak_memory_mib"): rows.append(("peak memory", _peak_text(report)))
     if text := report.get("calibration"): rows.append(("calibration", _calibration_text(text)))
     rows += _suppression_rows(report.get("outlier_suppression", {}).get("sizes", ()))

@@ -224,7 +224,9 @@ def verify_partial(
     verify:Callable[[Path], dict],  # Raises `VerificationError`
 ) -> dict:                          # What the verification found
     "Run the verification, and write what it found into the report."
+    start = time.perf_counter()
     found = verify(writer.folder)
+    report.setdefault("seconds", {})["verification"] = round(time.perf_counter() - start, 3)
     writer.write_text(REPORT, to_yaml(with_verdict(report, found)))
     return found
 

@@ -109,7 +109,8 @@ def read_yaml(
     except ValueError as error: # a zero byte
         raise UsageError(f"{path!r}: is no path ({error}); give a YAML file") from None
     document, lines = parse_yaml(_recipe_part(text), str(path))
-    if document is None: return {}, {}
+    if document is None:
+        raise UsageError(f"{path}: holds no key; write some, such as 'quantization: {{bits: 4}}', or leave the file out")
     if not isinstance(document, dict):
         raise UsageError(f"{path}: the top level is {type(document).__name__}, must be a mapping "
                          "such as 'quantization: {bits: 4}'")
