@@ -192,7 +192,7 @@ def test_a_child_that_begins_with_the_default_job(amx, tmp_path, monkeypatch):
     assert seen == [amx == "1"] and vllm_check.load_answer(tmp_path, 1).skipped
 
 
-def test_a_child_that_dies_says_in_which_dtype(tmp_path, monkeypatch):
+def test_a_child_that_dies_says_in_which_dtype(tmp_path, monkeypatch, started_children):
     "The one that the kernels asked for, for the float reference is to be served in the same."
     def dies(*_): raise SystemExit(132)
     def child(command, **_):

@@ -210,7 +210,7 @@ def test_moved_weights_and_float_tensors_fail_verification(folder, tmp_path):
         verification.check_files(folder/"w4", norm)
 
 
-def test_a_proof_falls_back_to_the_plugin_and_says_so(folder):
+def test_a_proof_falls_back_to_the_plugin_and_says_so(folder, started_children):
     if torch.cuda.is_available(): pytest.skip("a GPU has a kernel for 8 bits")
     found = verification.verify(folder/"w8", folder/"base", require_vllm=True)
     assert found["vllm"]["loaded"] == "plugin" and found["vllm"]["mean_kl"] < 1e-5
@@ -219,7 +219,7 @@ def test_a_proof_falls_back_to_the_plugin_and_says_so(folder):
     assert found["files"]["largest_step"] <= 1 and found["files"]["layers"] == 14
 
 
-def test_a_child_that_dies_takes_one_job_only(folder, prompts, monkeypatch, tmp_path):
+def test_a_child_that_dies_takes_one_job_only(folder, prompts, monkeypatch, tmp_path, started_children):
     dying = "import os, sys; sys.stderr.write('OSError: gone\\n'); sys.stderr.flush(); os._exit(7)"
     (tmp_path/"vllm.py").write_text(dying)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")])))

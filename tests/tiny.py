@@ -5,7 +5,11 @@ one, two projections swapped) moves the log-probabilities far beyond rounding no
 by 64 and all quantized `out_features` by 32, as vLLM's CPU kernels want.
 """
 import argparse
+import hashlib
 import json
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -80,15 +84,32 @@ def publish(path: Path, kind: str):
     file.write_text(json.dumps({**values, **PUBLISHED.get(kind, {})}, indent=2) + "\n", encoding="utf-8")
 
 
-def make(kind: str, path, dtype: torch.dtype = torch.float16, layers: int = 2, tie: bool = False, shards: int = 1,
-         seed: int = 0, **changes) -> Path:
-    "Write a tiny checkpoint to `path` in about `shards` files (at least two when more than one is asked for)."
-    path = Path(path)
+@cache
+def made() -> tempfile.TemporaryDirectory:
+    "Where this process keeps what it has made."
+    return tempfile.TemporaryDirectory(prefix="tiny-")
+
+
+def write(path: Path, kind: str, dtype: torch.dtype, layers: int, tie: bool, shards: int, seed: int, changes: dict):
+    "Build and save one checkpoint."
     model = build(kind, dtype, layers, tie, seed, **changes)
     total = sum(p.numel() * p.element_size() for p in model.parameters())
     model.save_pretrained(path, max_shard_size="5GB" if shards == 1 else max(total // shards, 1))
     publish(path, kind)
-    return path
+
+
+def make(kind: str, path, dtype: torch.dtype = torch.float16, layers: int = 2, tie: bool = False, shards: int = 1,
+         seed: int = 0, **changes) -> Path:
+    """Write a tiny checkpoint to `path` in about `shards` files (at least two when more than one is asked for).
+
+    It is built once in a process; the same one again is a copy.
+    """
+    options = kind, dtype, layers, tie, shards, seed, changes
+    kept = Path(made().name)/hashlib.sha256(repr(options).encode()).hexdigest()
+    if not kept.exists():
+        write(kept.with_suffix(".part"), *options)
+        kept.with_suffix(".part").rename(kept)
+    return Path(shutil.copytree(kept, path, dirs_exist_ok=True))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@
 __all__ = ['FREEZE', 'LONGEST_REASON', 'REFUSALS', 'ERROR_LINE', 'kl_topk', 'Job', 'Answer', 'top_k', 'has_tokenizer',
            'in_accepted_dtype', 'engine_class', 'load_engine', 'sampled', 'teacher_forced', 'what_serves', 'ask',
            'message', 'not_imported', 'reason', 'answer', 'save_answer', 'load_answer', 'child_main',
-           'child_environment', 'vllm_installed', 'last_error', 'run_child', 'ask_vllm_many', 'unanswered', 'ask_vllm']
+           'child_environment', 'vllm_installed', 'last_error', 'start_child', 'run_child', 'ask_vllm_many',
+           'unanswered', 'ask_vllm']
 
 # %% ../../nbs/evaluation/vllm_check.ipynb #84aac34a
 import gc
@@ -297,20 +298,29 @@ def last_error(log: str,  # a child's standard error
     errors = [found[1] for found in map(ERROR_LINE.match, lines) if found]
     return (errors or lines or ["it wrote nothing"])[-1]
 
+# %% ../../nbs/evaluation/vllm_check.ipynb #5e1a70d1
+def start_child(
+    folder: Path,  # that parent and child share, with the jobs
+    stock: bool,  # whether without this package's plugin
+) -> tuple[int, str]:
+    "A new process answers the jobs; its status, and what it wrote to standard error."
+    start = "import sys; from llmquant.evaluation.vllm_check import child_main; child_main(sys.argv[1])"
+    command = [sys.executable, "-c", start, str(folder/"jobs.json")]
+    done = subprocess.run(command, env=child_environment(stock), capture_output=True, text=True, errors="replace")
+    return done.returncode, done.stderr
+
 # %% ../../nbs/evaluation/vllm_check.ipynb #4773e0d3
 def run_child(
     folder: Path,  # that parent and child share, with the jobs
     stock: bool,  # whether without this package's plugin
 ):
-    "Start one child; if it dies, its current job is answered with how it died."
-    start = "import sys; from llmquant.evaluation.vllm_check import child_main; child_main(sys.argv[1])"
-    command = [sys.executable, "-c", start, str(folder/"jobs.json")]
-    done = subprocess.run(command, env=child_environment(stock), capture_output=True, text=True, errors="replace")
-    if done.returncode == 0: return
-    if not (folder/"current").exists(): raise LLMQuantError(f"vLLM's process did not start: {last_error(done.stderr)}")
+    "Let one child answer; if it dies, its current job is answered with how it died."
+    status, log = start_child(folder, stock)
+    if status == 0: return
+    if not (folder/"current").exists(): raise LLMQuantError(f"vLLM's process did not start: {last_error(log)}")
     number = int((folder/"current").read_text(encoding="utf-8"))
     if (folder/f"{number}.json").exists(): return
-    died = f"vLLM's process ended with status {done.returncode}: {last_error(done.stderr)}"
+    died = f"vLLM's process ended with status {status}: {last_error(log)}"
     save_answer(Answer(error=died, dtype=(folder/"dtype").read_text(encoding="utf-8")), folder, number)
 
 # %% ../../nbs/evaluation/vllm_check.ipynb #f896e3ab
