@@ -8,6 +8,7 @@ __all__ = ['Storage', 'start_blocks', 'run_blocks', 'by_block', 'pass_on', 'deli
 # %% ../../nbs/sequential/decoder_loop.ipynb #ddc48720
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 import torch
@@ -93,7 +94,8 @@ def run_blocks(
     for _, record in done: sink.edited.update(record["edited"])
     of_block, last = by_block(plan, adapter, len(loop.blocks)), max((l.block for l in plan.quantized), default=-1)
     if source is not None: pass_on(plan, of_block.get(None, []), source, sink)
-    for index in progress(list(range(len(done), len(loop.blocks)))):
+    first, copied = len(done), max(len(done), last + 1) # no pass goes through the blocks behind the last planned one
+    for index in chain(progress(list(range(first, copied))), range(copied, len(loop.blocks))):
         plans = {l.name: l for l in plan.quantized if l.block == index}
         found, values, used = loop.step(index, plans, pairs_of(index), index >= last) if index <= last else ([], {}, [])
         results += deliver(plan, found, values, sink)
