@@ -2,25 +2,34 @@
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
 from llmquant.evaluation import vllm_check
 
-started, environment = vllm_check.start_child, vllm_check.child_environment(False)
+started = vllm_check.start_child
+environment = vllm_check.child_environment(False) | {"OMP_NUM_THREADS": "1"}  # imports start no pool, which a fork would lose
 
 
 class Forks:
     "The process that forks them, started by the first that is asked for."
 
-    def __init__(self): self.server = None
+    def __init__(self): self.server, self.usable = None, True
+
+    def start(self):
+        "Whether there is a process to fork from; where it cannot be, children are started one by one, which is slower."
+        if self.server is None and self.usable:
+            command = [sys.executable, str(Path(__file__).with_name("vllm_forks.py"))]
+            self.server = subprocess.Popen(command, env=environment, text=True, bufsize=1, stdin=subprocess.PIPE,
+                                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            self.usable = self.server.stdout.readline() == "ready\n"
+            if not self.usable: warnings.warn(f"vLLM is imported for each child: {self.server.stderr.read()[-500:]}", stacklevel=2)
+        return self.usable
 
     def __call__(self, folder, stock):
-        if self.server is None or self.server.poll() is not None:
-            command = [sys.executable, str(Path(__file__).with_name("vllm_forks.py"))]
-            self.server = subprocess.Popen(command, env=environment, text=True, bufsize=1,
-                                           stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        if not self.start(): return started(folder, stock)
         request = dict(jobs=str(folder/"jobs.json"), environment=vllm_check.child_environment(stock),
                        log=str(folder/"log"))
         print(json.dumps(request), file=self.server.stdin)

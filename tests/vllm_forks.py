@@ -7,6 +7,8 @@ import os
 import sys
 import traceback
 
+import torch
+
 
 def become(environment, log):
     "Take the environment that a started child would have, and write all output to `log`."
@@ -25,6 +27,7 @@ def answer(jobs, environment, log):
     status = 1
     try:
         become(environment, log)
+        torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", os.cpu_count())))  # of this process, after the fork
         from llmquant.evaluation.vllm_check import child_main
         child_main(jobs)
         status = 0
@@ -41,6 +44,8 @@ def main():
     from llmquant.evaluation.vllm_check import engine_class
     engine_class()
     assert len(os.listdir("/proc/self/task")) == 1, "a fork would lose threads"
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2) # nobody reads it from now on
+    os.write(out, b"ready\n")
     for line in sys.stdin: os.write(out, f"{answer(**json.loads(line))}\n".encode())
 
 

@@ -13,6 +13,10 @@ import tempfile
 import traceback
 from pathlib import Path
 
+# ruff: noqa: E402
+ASKED = os.environ.get("OMP_NUM_THREADS")
+os.environ["OMP_NUM_THREADS"] = "1"  # of this process, from the first import on: it forks, and a fork loses threads
+
 from execnb.nbio import read_nb, write_nb
 from execnb.shell import CaptureShell
 from fastcore.xtras import working_directory
@@ -79,7 +83,7 @@ def run(notebook, flags, store, root):
 
 
 def import_shared():
-    "Import what notebooks share. A fork has one thread, so this process must not have more."
+    "Import what notebooks share. A fork has one thread, so this process must not have more: pools come after the fork."
     for name in SHARED:
         importlib.import_module(name)
     threads = len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 1
@@ -88,11 +92,21 @@ def import_shared():
     gc.freeze()
 
 
+def use_threads():
+    "As many threads as were asked for, in a fork."
+    os.environ.pop("OMP_NUM_THREADS")
+    if ASKED:
+        os.environ["OMP_NUM_THREADS"] = ASKED
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(int(ASKED or os.cpu_count()))
+
+
 def run_in_fork(notebook, *options):
     "Whether `notebook` ran through, in a fork of this process."
     child = os.fork()
     if child == 0:
         try:
+            use_threads()
             run(notebook.absolute(), *options)
         except BaseException:
             traceback.print_exc()
