@@ -284,8 +284,8 @@ OUTPUTS = {
     "not empty": (lambda f: ((f / "out").mkdir(), (f / "out/x").touch()), "is not empty; give", ["out"]),
     "an export": (lambda f: ((f / "out").mkdir(), ours(f / "out")), "or replace it with --overwrite", ["out"]),
     "a file": (lambda f: (f / "out").touch(), "is a file", ["out"]),
-    "no folder above": (lambda f: ((f / "out").symlink_to("file/deep"), (f / "file").touch()), "cannot be",
-                        ["file", "out"]),
+    "no folder above": (lambda f: ((f / "out").symlink_to("file/deep"), (f / "file").touch()),
+                        "is a file and no folder; give a folder elsewhere", ["file", "out"]),
     "a loop": (lambda f: (f / "out").symlink_to("out"), "cannot be", ["out"]),
 }
 
