@@ -81,6 +81,7 @@ def dummies():
     class Custom(Dummy):
         name = "custom"
         options = (SYMMETRIC, Option("custom_param1", str, "a"), Option("custom_param2", str, "b"))
+        def needed_statistics(self): return ("maxima",)
 
     registry = QuantizerRegistry._registry
     registry.names()

@@ -16,6 +16,7 @@ from llmquant.formats.awq import AWQFormat
 from llmquant.formats.compressed_tensors import CompressedTensorsFormat
 from llmquant.formats.gptq import GPTQFormat
 from llmquant.formats.unpackers import read_safetensors, unpack_layer
+from llmquant.models.base_adapter import BaseHuggingFaceAdapter
 from llmquant.models.served_class import served_table, vllm_folder
 
 HERE = Path(__file__).parent
@@ -192,6 +193,7 @@ def test_vllm_skips_exactly_what_is_left_in_float():
                 **dict.fromkeys([*linear(["qkvz"]), *joined(0), *dense("model.layers.0.mlp"), *joined(10), *dense("model.layers.10.mlp"),
                                  *joined(11), *dense("model.layers.11.mlp.shared_experts")], True)}
     formats = CompressedTensorsFormat(), GPTQFormat(), AWQFormat()
+    for layout in formats: layout.fused = BaseHuggingFaceAdapter.joined  # as a plan hands them over
     configs = [fmt.quantization_config(scheme(4, True), quantized, ignored, "minmax") for fmt in formats]
     shapes = [(64, 64, 32), (64, 96, 96), (40, 64, 32), (64, 40, -1), (64, 96, 3), (64, 96, -1)]
     asked = dict(fused=FUSED, names=list(expected), configs={c["quant_method"]: c for c in configs}, shapes=shapes,
