@@ -49,10 +49,13 @@ def shards(folder: Path) -> dict:
     ("--activation-bits 8", ""), (CALIBRATED, FILE)], ids=["flags", "implied", "calibrated"])
 def test_a_report_makes_the_same_export(model, tmp_path, capsys, text, file):
     "Byte for byte; what is given beside it wins, and what concerned the first run alone is not taken."
-    (tmp_path / "r.yaml").write_text(file)
+    given = []
+    if file:
+        (tmp_path / "r.yaml").write_text(file)
+        given = ["--config", str(tmp_path / "r.yaml")]
     first, second, third = (tmp_path / name for name in ("first", "second", "third"))
     run = lambda out, *more: cli.main(["--model-path", str(model), "--output-path", str(out), "--quiet", *more])
-    assert run(first, "--config", str(tmp_path / "r.yaml"), *text.split()) == 0, capsys.readouterr().err
+    assert run(first, *given, *text.split()) == 0, capsys.readouterr().err
     assert run(second, "--config", str(first / REPORT)) == 0, capsys.readouterr().err
     assert shards(first) == shards(second) and len(shards(first)) > 1
     reports = [yaml.safe_load((folder / REPORT).read_text()) for folder in (first, second)]
@@ -78,7 +81,7 @@ def test_what_a_report_cannot_say(model, tmp_path):
 
 
 @pytest.mark.parametrize("text, said", [
-    ("quantization:\n  overrides:\n    - match: a\n      bits: 4\n    - match: b\n", r"r.yaml:5: quantization.overrides\[1\]: says"),
+    ("quantization:\n  overrides:\n    - match: a\n      bits: 4\n    - match: b\n", r"r.yaml:5: quantization.overrides\[1\]: names"),
     ("quantization:\n  overrides:\n    - bits: 4\n", r"r.yaml:3: quantization.overrides\[0\].match is missing"),
     ("quantization:\n  overrides:\n\n    - match: a\n      bits: 5\n", r"r.yaml:5: quantization.overrides\[0\].bits: minmax does not"),
     ("quantization:\n  overrides:\n    - {match: a, bits: 4}\n    - 3\n", r"r.yaml:4: quantization.overrides\[1\]: 3 is int"),
