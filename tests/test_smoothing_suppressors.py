@@ -309,7 +309,7 @@ def test_the_search_takes_a_quarter_of_the_products():
 
 @pytest.mark.parametrize("batch_size, batches", ((1, 2), (2, 1), (4, 1)))
 def test_a_search_reads_whole_batches_until_there_are_enough(monkeypatch, batch_size, batches):
-    monkeypatch.setattr(site_trial, "TOKENS", 90)
+    monkeypatch.setattr(site_trial, "SEARCH_TOKENS", 90)
     loop = loop_over(tiny.build("llama", torch.float32), TOKENS, batch_size=batch_size)
     _, view = view_of(loop)
     site, *_ = sites_of(view, "it")
