@@ -430,6 +430,7 @@ def _declared_statistics_suffice(cls:type, config):
         raise UsageError(f"needed_statistics names {', '.join(cls().needed_statistics()) or 'none'}, and the edit needs more "
                          f"({_in_words(error)})") from error
 
+# %% ../../nbs/evaluation/check_components.ipynb #cf97a3c9
 def _float_function_stays(cls:type, config):
     "The logits of the edited model are those of the model before."
     _, before, after = _suppressed_by(cls, config)

@@ -61,6 +61,7 @@ def with_verdict(
     proof = {key: value for key, value in report["proof"].items() if key not in ("files", "vllm")}
     return {**report, "verdict": f"failed: {' '.join(str(found).split())}", "proof": proof}
 
+# %% ../../nbs/export/report.ipynb #cf6991a0
 def make_report(
     plan:Plan,                    # What was done
     results:list[LayerResult],    # What each layer gave

@@ -202,6 +202,7 @@ def _tell_no_effect(
     if values["layers"] is None and values["layer_wise"] and (why := _no_effect(won["layer_wise"], quantizer)):
         logger.info(why)
 
+# %% ../../nbs/utils/config.ipynb #c7fa0a55
 def static_ranges(
     values:Mapping[str, Any], # A recipe's, by name
 ) -> bool:
