@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "llmquant"
-ROOMS = ("cli", "pipeline", "in_memory", "evaluation", "export", "serving", "outlier_suppression", "sequential", "plan",
-         "quantizers", "formats", "calibration", "checkpoint", "models", "utils", "core")  # from the top to the floor
+ROOMS = ("cli", "pipeline", "in_memory", "harness", "evaluation", "export", "serving", "outlier_suppression",
+         "sequential", "plan", "quantizers", "formats", "calibration", "checkpoint", "models", "utils",
+         "core")  # from the top to the floor
 WINGS = {"outlier_suppression", "quantizers", "formats", "models"}
 FRONT = {"registry_init", "__main__"}  # above every room; nothing imports them
 FLOOR = {"__init__"}  # the version, below every room
