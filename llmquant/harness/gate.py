@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEXT_GATES', 'GRAMMAR', 'REMEDIES', 'Gate', 'check_threshold', 'parse_gate', 'items_needed', 'outcome', 'too_few',
-           'verdict', 'known_metrics', 'gated_tasks', 'judge_task', 'judge_text', 'judge']
+           'gate_verdict', 'known_metrics', 'gated_tasks', 'judge_task', 'judge_text', 'judge']
 
 # %% ../../nbs/harness/gate.ipynb #c6fa9cc1
 import math
@@ -104,7 +104,7 @@ def too_few(
     return f"{n} {unit} are too few to tell; about {max(needed, n + 1)} would be needed ({REMEDIES[unit]})"
 
 
-def verdict(
+def gate_verdict(
     gate: Gate,  # that is judged
     value: float,  # measured
     interval: Sequence[float],  # of it
@@ -164,7 +164,7 @@ def judge_task(
     if metric.get("interval") is None:
         raise UsageError(f"gate {gate.text!r}: {gate.metric} of {name} has no interval, for it is no mean over items; "
                          "use another metric")
-    return verdict(gate, metric["difference"], metric["interval"], task["n"], name)
+    return gate_verdict(gate, metric["difference"], metric["interval"], task["n"], name)
 
 
 def judge_text(
@@ -176,7 +176,7 @@ def judge_text(
         raise UsageError(f"gate {gate.text!r}: no text was evaluated, so there is no {gate.metric}; evaluate one, or "
                          "gate a task's metric")
     value, part = ("ratio", text["perplexity"]) if gate.metric == "perplexity_ratio" else ("mean", text["kl"])
-    return verdict(gate, part[value], part["interval"], text["windows"])
+    return gate_verdict(gate, part[value], part["interval"], text["windows"])
 
 
 def judge(
