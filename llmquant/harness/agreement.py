@@ -34,11 +34,11 @@ def compared_items(
 ) -> list[tuple[Mapping, Mapping]]:
     "The items that both backends answered; `LLMQuantError` where their prompts differ."
     second = {(item["doc_id"], item["filter"]): item for item in other}
-    pairs = [(item, second[item["doc_id"], item["filter"]]) for item in one if (item["doc_id"], item["filter"]) in second]
+    pairs = [(item, second[key]) for item in one if (key := (item["doc_id"], item["filter"])) in second]
     for left, right in pairs:
         if left["prompt_hash"] != right["prompt_hash"]:
-            raise LLMQuantError(f"document {left['doc_id']}: the two backends were asked different texts, so they cannot be "
-                                "compared; run again with --no-reuse")
+            raise LLMQuantError(f"document {left['doc_id']}: the two backends were asked different texts, so they "
+                                "cannot be compared; run again with --no-reuse")
     return pairs
 
 def agreement(

@@ -60,7 +60,8 @@ def check_yaml(
     except (yaml.YAMLError, ValueError, OSError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        raise UsageError(f"{file}{where}: is no YAML ({one_line(error)}); mend it or move it out of the folder") from None
+        said = f"{file}{where}: is no YAML ({one_line(error)}); mend it or move it out of the folder"
+        raise UsageError(said) from None
 
 def task_files(
     folder: str | Path,  # of the user
@@ -98,8 +99,8 @@ def members(
     inside = entry.cfg["task"] if isinstance(entry.cfg["task"], list) else [entry.cfg["task"]]
     for child in inside:
         if not isinstance(child, str) or child not in index:
-            raise UsageError(f"group {name} ({entry.yaml_path}): its member {child!r} is no name of a task in the folder"
-                             f"{closest(str(child), index)}")
+            raise UsageError(f"group {name} ({entry.yaml_path}): its member {child!r} is no name of a task in the "
+                             f"folder{closest(str(child), index)}")
     return [task for child in inside for task in members(index, child)]
 
 # %% ../../nbs/harness/tasks.ipynb #316334dd
@@ -114,7 +115,8 @@ def data_file(
     given = Path(path).expanduser()
     for place in (Path(file).parent / given, given):
         if place.is_file(): return str(place.resolve())
-    raise UsageError(f"task {name}: its data file {path} is neither beside {file} nor in the current folder; put it there")
+    raise UsageError(f"task {name}: its data file {path} is neither beside {file} nor in the current folder; put it "
+                     "there")
 
 def data_files(
     name: str,     # of the task, for the message
@@ -143,7 +145,8 @@ def columns_read(
         if template.isidentifier(): found.add(template)
         try: found |= meta.find_undeclared_variables(Environment().parse(template))
         except TemplateSyntaxError as error:
-            raise UsageError(f"task {config.get('task')}: {key} is no template of Jinja2 ({one_line(error)}); mend it") from None
+            said = f"task {config.get('task')}: {key} is no template of Jinja2 ({one_line(error)}); mend it"
+            raise UsageError(said) from None
     return found
 
 # %% ../../nbs/harness/tasks.ipynb #0553ef8a
@@ -162,11 +165,12 @@ def check_rows(
                 raise UsageError(f"{file}, line {number}: is no JSON ({one_line(error)}); mend it") from None
             if not isinstance(row, dict): raise UsageError(f"{file}, line {number}: is no JSON object; mend it")
             missing = sorted(column for column in columns if row.get(column) is None)
-            if missing: raise UsageError(f"{file}, line {number}: has no column {missing[0]!r}, which task {name} reads; "
-                                         f"there are {', '.join(row)}{closest(missing[0], row)}")
+            if not missing: continue
+            raise UsageError(f"{file}, line {number}: has no column {missing[0]!r}, which task {name} reads; there are "
+                             f"{', '.join(row)}{closest(missing[0], row)}")
 
 # %% ../../nbs/harness/tasks.ipynb #fea8e062
-SHIPPED = Path(__file__).parent / "default_tasks" if "__file__" in globals() else Path("../../llmquant/harness/default_tasks")
+SHIPPED = Path(find_spec("llmquant").origin).parent/"harness"/"default_tasks"
 
 @dataclass(frozen=True)
 class TaskPlan:
@@ -202,8 +206,8 @@ def _lm_eval_names(unknown, local):
     for name in unknown:
         if name not in index:
             here = f"; in the folders are {', '.join(sorted(local)[:12])}" if local else ""
-            raise UsageError(f"task {name!r} is unknown{closest(name, [*local, *index])}{here}; give the name of a task of "
-                             "lm-eval, or of a file in --task-folder")
+            raise UsageError(f"task {name!r} is unknown{closest(name, [*local, *index])}{here}; give the name of a "
+                             "task of lm-eval, or of a file in --task-folder")
     return set(unknown)
 
 def _checked(task, entry):
@@ -235,8 +239,8 @@ def build_tasks(
 
 def _loaded(manager, name, files):
     "One name's tasks."
-    remedy = "mend its file" if files else ("its data set must be on this disk or within reach of the network; give a local "
-                                            "task with --task-folder where there is none")
+    remedy = "mend its file" if files else ("its data set must be on this disk or within reach of the network; give a "
+                                            "local task with --task-folder where there is none")
     with library_errors(f"task {name}: lm-eval cannot build it", remedy):
         if files is None: return manager.load([name])["tasks"]
         own = {"task": name, "dataset_kwargs": {**manager.task_index[name].cfg["dataset_kwargs"], "data_files": files}}
