@@ -549,11 +549,12 @@ RARELY = ("llmquant.checkpoint.gguf", "llmquant.checkpoint.gguf_config", "llmqua
 
 
 def test_a_run_imports_what_it_needs(tmp_path):
-    "Weights alone: nothing is read that only a GGUF, a search, a verification or a notebook needs."
+    "Weights alone: nothing is read that only a GGUF, a search, a verification, a report page or a notebook needs."
     base = tiny.make("llama", tmp_path / "base")
     probe = ("import sys\nfrom llmquant.cli.main import main\nstatus = main(sys.argv[1:])\n"
              "print(*sorted(sys.modules), sep='\\n', file=open('modules', 'w'))\nsys.exit(status)")
-    done = shell("-c", probe, "--model-path", str(base), "--output-path", "out", "--group-size", "32", cwd=tmp_path)
+    done = shell("-c", probe, "--model-path", str(base), "--output-path", "out", "--group-size", "32",
+                 "--no-report", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     read = (tmp_path / "modules").read_text().split()
     assert "llmquant.quantizers.minmax_quantizer" in read and "torch" in read

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "llmquant"
-ROOMS = ("cli", "pipeline", "in_memory", "harness", "evaluation", "export", "serving", "outlier_suppression",
+ROOMS = ("cli", "pipeline", "in_memory", "report", "harness", "evaluation", "export", "serving", "outlier_suppression",
          "sequential", "plan", "quantizers", "formats", "calibration", "checkpoint", "models", "utils",
          "core")  # from the top to the floor
 WINGS = {"outlier_suppression", "quantizers", "formats", "models"}

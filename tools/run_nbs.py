@@ -16,6 +16,7 @@ from pathlib import Path
 # ruff: noqa: E402
 ASKED = os.environ.get("OMP_NUM_THREADS")
 os.environ["OMP_NUM_THREADS"] = "1"  # of this process, from the first import on: it forks, and a fork loses threads
+os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")  # pyarrow, where transformers finds one
 
 from execnb.nbio import read_nb, write_nb
 from execnb.shell import CaptureShell

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..core.errors import UsageError
 from ..core.qtensor import QuantizedWeight
+from ..utils.plot_style import COLOURS, INK, finished, plot_style, series_look
 
 # %% ../../nbs/evaluation/plots.ipynb #aad3f9ad
 def group_of(
@@ -35,6 +36,7 @@ def group_of(
     return weight[part].detach().float().flatten(), (used.new_tensor(range(len(used))).float() - zero) * scale, used
 
 # %% ../../nbs/evaluation/plots.ipynb #3b1d3bec
+@plot_style()
 def weight_on_grid(
     weight: Tensor,  # [out_features, in_features], any float dtype
     quantized: QuantizedWeight,  # the same weight, quantized
@@ -44,18 +46,19 @@ def weight_on_grid(
 ) -> Figure:
     "A histogram of the weights that share one scale, over the values that their codes stand for."
     weights, levels, used = group_of(weight, quantized, row, group)
-    figure, axes = plt.subplots(figsize=(7, 2.8))
-    axes.hist(weights.numpy(), bins=min(max(len(weights) // 8, 16), 200), color="tab:blue", alpha=0.6, label="weights")
-    for is_used, colour, label in (True, "tab:red", "codes in use"), (False, "black", "codes not in use"):
+    figure, axes = plt.subplots(figsize=(7, 2.8), layout="constrained")
+    axes.hist(weights.numpy(), bins=min(max(len(weights) // 8, 16), 200), color=COLOURS[4], label="weights")
+    for is_used, colour, dash, label in (True, COLOURS[2], "-", "codes in use"), (False, INK, ":", "codes not in use"):
         chosen = levels[(used > 0) == is_used]
         if len(chosen):
-            axes.vlines(chosen.numpy(), 0, 0.12, color=colour, transform=axes.get_xaxis_transform(), label=label)
+            axes.vlines(chosen.numpy(), 0, 0.12, color=colour, linestyle=dash, linewidth=1.6,
+                        transform=axes.get_xaxis_transform(), label=label)
     axes.set(xlabel="weight", ylabel="weights", title=f"{title} {quantized.scheme}".strip())
-    axes.legend(frameon=False)
-    figure.tight_layout()
+    axes.legend()
     return figure
 
 # %% ../../nbs/evaluation/plots.ipynb #8f6b1657
+@plot_style()
 def perplexity_against_bits(
     lines: Mapping[str, Mapping[int, float]],  # label to {bits: perplexity}
     float_perplexity: float,  # of the model that was quantized
@@ -65,14 +68,11 @@ def perplexity_against_bits(
     "Perplexity over the width of the codes, one line per label; `UsageError` when there is nothing to draw."
     if not lines or not all(lines.values()):
         raise UsageError("perplexity against bits: a line has no points; give {label: {bits: perplexity}}")
-    figure, axes = plt.subplots(figsize=(8, 3.6))
-    for (label, points), marker in zip(lines.items(), "osv^D*PX<>" * len(lines)):
-        axes.plot(sorted(points), [points[bits] for bits in sorted(points)], marker=marker, alpha=0.8, label=label)
-    axes.axhline(float_perplexity, color="black", linestyle=":", label=f"float ({float_perplexity:.2f})")
+    figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
+    for number, (label, points) in enumerate(lines.items()):
+        axes.plot(sorted(points), [points[bits] for bits in sorted(points)], label=label, **series_look(number))
+    axes.axhline(float_perplexity, color=INK, linewidth=0.8, label=f"float ({float_perplexity:.2f})")
     widths = sorted({bits for points in lines.values() for bits in points})
     axes.set(yscale="log", xticks=widths, xlabel="bits per code", ylabel="perplexity (log scale)", title=title)
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.tight_layout()
-    if path:
-        figure.savefig(path, dpi=120)
-    return figure
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return finished(figure, path)

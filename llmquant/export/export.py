@@ -22,7 +22,8 @@ import yaml
 from fastcore.basics import patch
 from torch import Tensor
 from ..checkpoint.folders import REPORT
-from ..checkpoint.side_files import AUTO_MAP, CODE, compared_files, config_digest, file_digest, sort_side_files
+from ..checkpoint.side_files import (AUTO_MAP, CODE, compared_files, config_digest, file_digest, make_way,
+                                            sort_side_files)
 from ..checkpoint.source import read_json
 from ..checkpoint.writer import ExportWriter
 from ..core.errors import LLMQuantError, VerificationError
@@ -169,6 +170,7 @@ class Export:
     side_files: Iterable[Path] = () # Copied verbatim, see `write_side_files`
     promises_step: bool = False     # See `make_report`
     verify: Callable[[Path], dict]|None = None # Called with the finished folder; its result goes into the report
+    pages: Callable[[Path, str], None]|None = None # Called with the folder and its final name: writes what people read
 
 # %% ../../nbs/export/export.ipynb #9d40c6e2
 def write_export(
@@ -186,6 +188,7 @@ def write_export(
         results = carry(sink)
         trust = getattr(adapter, "trust_remote_code", False)
         left_out = write_side_files(writer, export.side_files, trust)
+        if export.pages: make_way(writer.folder)
         config = export_config(export.config, plan, trust)
         if AUTO_MAP in export.config and AUTO_MAP not in config: left_out[f"{AUTO_MAP} in config.json"] = CODE
         writer.write_json("config.json", config)
@@ -201,6 +204,8 @@ def write_export(
             if export.verify:
                 report["proof"] |= verify_partial(writer, report, export.verify)
                 report["verdict"] = verdict(report["proof"])
+            if export.pages:
+                with writer.guarded(): export.pages(writer.folder, writer.output.name)
             writer.publish()
     return report
 

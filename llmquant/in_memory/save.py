@@ -26,6 +26,7 @@ from .quant_linear import QuantLinear
 from ..models.text_config import text_config
 from ..plan.plan import (LayerPlan, Plan, export_dtype, fused_table, kept_tensors, nbytes, other_names,
                                 server_notes)
+from ..report.pages import pages_writer
 from ..sequential.layer import LayerResult, cast
 
 # %% ../../nbs/in_memory/save.ipynb #1703a141
@@ -136,6 +137,7 @@ def export_model(
     facts:Mapping[str, Any]|None=None, # For the report
     format:str="auto", container:str="auto", # How to store the codes
     verify:Callable[[Path], dict]|None=None, # See `Export`
+    report:bool=True, # Write report.html and the model card
     **where,                 # See `write_export`
 ) -> dict:                   # The report
     "Write a model that was quantized in memory; the same export, byte for byte, as the streaming way."
@@ -149,7 +151,7 @@ def export_model(
     plan.check_servable()
     commit = getattr(model.config, "_commit_hash", None) # of a model that transformers took from the hub
     facts = facts or {"model": {"path": str(source) if source else None, "adapter": adapter.model_type,
-                                **({"commit": commit} if commit else {})}}
+                                **({"commit": commit, "name": model.name_or_path} if commit else {})}}
     if source and (changes := changed_keys(model, read_json(Path(source)/"config.json"))):
         facts = {**facts, "config_changes": changes}
     if said := getattr(model, "suppressed_by", None): facts = {**facts, "outlier_suppression": said}
@@ -157,7 +159,7 @@ def export_model(
         config, side_files, protect = side_of_model(model, Path(source) if source else None, Path(folder))
         if source: check_source(model, adapter, plan, config, source)
         carry = lambda sink: hand_over(plan, layers, tensors, sink)
-        export = Export(plan, adapter, config, facts, side_files, verify=verify)
+        export = Export(plan, adapter, config, facts, side_files, verify=verify, pages=pages_writer(report))
         return write_export(export, carry, Path(path), **{"protect": protect, **where})
 
 # %% ../../nbs/in_memory/save.ipynb #69aee33f

@@ -328,6 +328,7 @@ def save_quantized(self:BaseHuggingFaceAdapter,
     model: nn.Module,            # quantized transformers model
     path: str|Path,              # folder to write
     source: str|Path|None = None,# checkpoint that tokenizer and other side files come from
+    report: bool = True,         # also report.html and the model card README.md
 ):
     "Write a quantized model as a checkpoint that vLLM loads."
-    return by_name("llmquant.in_memory.save:export_model")(model, self, Path(path), source)
+    return by_name("llmquant.in_memory.save:export_model")(model, self, Path(path), source, report=report)

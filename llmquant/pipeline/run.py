@@ -35,6 +35,7 @@ from ..plan.plan import Plan, make_plan, nbytes
 from ..utils.components import calibrates, make_quantizer, make_suppressors
 from ..utils.config import Recipe, recipe_to_dict, resolve, static_ranges
 from ..utils.logging import progress, quieted
+from ..report.pages import pages_writer
 from ..utils.process import tight_memory
 from ..sequential.block_source import pick_device
 from ..sequential.equivalence import bare, compare_transformed, transformed
@@ -155,7 +156,7 @@ def run_in_memory(
                                       layer_wise=recipe.layer_wise, calibration_data=None, config=config), model)
     if not is_adopted(model): adopt(quantizer, model, recipe.bits, recipe.group_size, recipe.layers, recipe.torch_dtype)
     return export_model(model, run.adapter, recipe.output_path, source.path, run.facts, recipe.format, recipe.container,
-                        _verifier(run), **_folder(run))
+                        _verifier(run), recipe.report, **_folder(run))
 
 # %% ../../nbs/pipeline/run.ipynb #a708fc88
 def run(
@@ -182,7 +183,8 @@ def _run(recipe:Recipe) -> dict:
         if run.source is not run.original: tight_memory()
         run.facts |= compare_transformed(run.original, run.source, run.suppressors, device)
         by_step = bool(plan.schemes) and not run.suppressors and all(map(quantizer.promises_step, plan.schemes))
-        export = Export(plan, run.adapter, run.source.config, run.facts, run.source.side_files, by_step, _verifier(run))
+        export = Export(plan, run.adapter, run.source.config, run.facts, run.source.side_files, by_step, _verifier(run),
+                        pages_writer(recipe.report))
         carry = partial(calibrated_carry if measures else _data_free_carry, run)
         return write_export(export, carry, Path(recipe.output_path), journal=identity(run) if measures else None,
                             **_folder(run))

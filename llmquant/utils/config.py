@@ -308,6 +308,7 @@ class Recipe:
     container: str                        # auto, dense or int4
     max_shard_size: int                   # Bytes
     verify: bool                          # Verify the export
+    report: bool                          # Write report.html and the model card
     overwrite: bool                       # Replace an output that exists
     resume: bool                          # Resume a run that was stopped
     quiet: bool                           # No progress, no summary

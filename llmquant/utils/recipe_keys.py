@@ -241,6 +241,8 @@ _OUTPUT = (
         in_memory=False),
     Key("verify", bool, False, "verify the export before it takes its name", flag="--verify", shapes=False,
         in_memory=False),
+    Key("report", bool, True, "write report.html and the model card README.md into the export", flag="--report", shapes=False,
+        in_memory=False),
     Key("overwrite", bool, False, "replace an export that exists, and no other folder", flag="--overwrite", shapes=False,
         in_memory=False),
     Key("resume", bool, True, "resume a run of the same recipe that was stopped", flag="--resume",
