@@ -1,5 +1,6 @@
 "The two pages of an export: report.html and the model card. What they show stands in the files beside them."
 import dataclasses
+import html
 import importlib.util
 import json
 import logging
@@ -345,8 +346,11 @@ def test_suppression_has_its_picture(base, tmp_path):
     assert kinds_in(facts) == {("int-quantized", 8, True, "dynamic", False): len(facts.report["layers"])}
 
 
-@pytest.mark.parametrize("options", [dict(bits=16), dict(bits=8, group_size=-1), dict(bits=2, group_size=32, container="dense"),
-                                     dict(bits=4, group_size=32, format="awq"), dict(method="hqq", bits=4, group_size=32),
+SYMMETRIC = {"quantization": {"minmax": {"symmetric": True}}}
+
+
+@pytest.mark.parametrize("options", [dict(bits=16), dict(bits=8, group_size=-1),
+                                     dict(bits=2, group_size=32, container="dense", config=SYMMETRIC), dict(bits=4, group_size=32, format="awq"), dict(method="hqq", bits=4, group_size=32),
                                      dict(bits=8, config={"quantization": {"activations": {"bits": 8, "type": "float"}}})],
                          ids=["16 bits", "channel", "dense", "awq", "hqq", "fp8"])
 def test_every_layout_has_its_page(base, tmp_path, options):
@@ -368,10 +372,10 @@ def test_what_cannot_be_described(export, tmp_path):
 
 def test_a_page_that_fails_leaves_the_export(base, tmp_path, monkeypatch):
     "A full disk while the page is written: the export is complete, and lies under OUT.failed."
-    import llmquant.report.html as html
+    import llmquant.report.html as page
 
     def full(*_): raise OSError(28, "No space left on device")
-    monkeypatch.setattr(html, "put_report", full)
+    monkeypatch.setattr(page, "put_report", full)
     with pytest.raises(LLMQuantError, match="the export is complete and lies in .*out.failed"): quantize(base, tmp_path/"out", group_size=32)
     assert [path.name for path in tmp_path.iterdir()] == ["out.failed"]
     assert report_of(tmp_path/"out.failed")["verdict"].startswith("failed: ")
@@ -390,14 +394,17 @@ BROWSER = shutil.which("chromium")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_browser_shows_it(measured, tmp_path, width):
     "No sideways scrolling at the width of a telephone, letters that can be read, and every figure has a size."
-    script = ("<script>const size = e => parseFloat(getComputedStyle(e).fontSize) * e.getCTM().a;"
-              "document.title = JSON.stringify([document.documentElement.scrollWidth, "
-              "Math.min(...[...document.querySelectorAll('svg text')].map(size)), "
-              "Math.min(...[...document.querySelectorAll('svg, img')].map(e => e.getBoundingClientRect().width))])</script>")
-    page = tmp_path/"page.html"
-    page.write_text((measured/PAGE).read_text() + script)
+    looked = """<script>onload = () => {
+        const page = document.querySelector('iframe').contentDocument, all = what => [...page.querySelectorAll(what)];
+        const size = e => parseFloat(getComputedStyle(e).fontSize) * Math.hypot(e.getScreenCTM().a, e.getScreenCTM().b);
+        const least = values => Math.min(...values);
+        document.title = JSON.stringify([page.documentElement.scrollWidth, least(all('svg text').map(size)),
+                                         least(all('svg, img').map(e => e.getBoundingClientRect().width))]);
+    }</script>"""
+    page, inside = tmp_path/"page.html", html.escape((measured/PAGE).read_text())
+    page.write_text(f'<!doctype html><meta charset="utf-8"><iframe width="{width}" height="900" srcdoc="{inside}"></iframe>{looked}')
     done = subprocess.run([BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path/'profile'}",
-                           f"--window-size={width},900", "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120)
+                           "--window-size=1400,1000", "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120)
     wide, letters, figures = json.loads(re.search(r"<title>(\[.*?\])</title>", done.stdout)[1])
     assert wide <= width and letters >= 8.5 and figures > 300
 
