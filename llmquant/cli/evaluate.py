@@ -111,12 +111,14 @@ def run_evaluate(
 ) -> str:       # what to print
     "Measure an export against its base: tasks of lm-eval, in vLLM or transformers."
     from llmquant.harness.evaluate import evaluate
+    from llmquant.report.pages import refresh_pages
     numbers = {name: as_number("--" + name.replace("_", "-"), getattr(arguments, name))
                for name in ("limit", "num_fewshot", "max_length", "check_agreement")}
     if arguments.tasks is None: raise UsageError("--tasks must be given (see llmquant evaluate --help)")
     same = ("base", "tasks", "task_folder", "backend", "dtype", "apply_chat_template", "gates", "output", "samples")
     given = {name: getattr(arguments, name) for name in same}
     results = evaluate(arguments.export, reuse=not arguments.no_reuse, **given, **numbers)
+    if arguments.output is None: refresh_pages(arguments.export)
     text = "" if arguments.quiet else evaluation_text(results)
     failed = [verdict["sentence"] for verdict in results["gates"] if not verdict["passed"]]
     if not failed: return text
