@@ -127,7 +127,7 @@ def test_a_producer_in_float_stays_representable():
     loop = loop_over(model)
     _, view, _ = view_of(loop, drop=("v_proj",))
     pair = next(p for p in view.pairs if p.producer == name)
-    loop.quantizer.smooth_pair(view, pair)
+    loop.quantizer.smooth_site(view.site(pair))
     value = view.module(name).weight
     normal = torch.where(value.abs() > 1e-3, value, 0)  # smaller ones may be subnormal in float16
     assert torch.equal(normal, normal.half().float())

@@ -14,7 +14,7 @@ from llmquant.core.quantizer_registry import BaseQuantizer, QuantizerRegistry
 from llmquant.core.smoothing import SmoothingPair
 from llmquant.evaluation.check_components import LLAMA_64, check_adapter, check_quantizer, check_suppressor
 from llmquant.models.llama_adapter import LlamaAdapter
-from llmquant.outlier_suppression.smoothing_site import SiteSuppressor
+from llmquant.outlier_suppression.site_suppressor import SiteSuppressor
 
 OWN = "llmquant."  # other tests of this process register components, too
 

@@ -8,7 +8,7 @@ from llmquant.core.errors import UsageError
 from llmquant.core.outlier_suppression_registry import OutlierSuppressionRegistry
 from llmquant.core.quantizer_registry import QuantizerRegistry
 from llmquant.in_memory.quant_linear import QuantLinear
-from llmquant.outlier_suppression.smoothing_site import SiteSuppressor
+from llmquant.outlier_suppression.site_suppressor import SiteSuppressor
 from llmquant.pipeline.run import preflight, quantize
 from llmquant.utils.config import resolve
 

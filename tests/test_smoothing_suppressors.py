@@ -17,7 +17,7 @@ from llmquant.core.smoothing import SmoothingPair
 from llmquant.outlier_suppression import site_trial
 from llmquant.outlier_suppression.outlier_suppression_v2 import STRENGTHS, OutlierSuppressionV2, drawn, find_scale
 from llmquant.outlier_suppression.smooth_quant import ALPHAS, SmoothQuantSuppressor, smoothing_factors
-from llmquant.outlier_suppression.smoothing_site import sites_of
+from llmquant.outlier_suppression.site_suppressor import sites_of
 from llmquant.utils.config import resolve
 from llmquant.sequential.activation_quantization import ActivationScheme
 

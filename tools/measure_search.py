@@ -80,7 +80,7 @@ def judge(view, name, choices):
     "The error that the factors of one side leave: of each pair's readers alone, and of the whole block."
     from llmquant.outlier_suppression.outlier_suppression_v2 import drawn
     from llmquant.outlier_suppression.smooth_quant import smoothing_factors
-    from llmquant.outlier_suppression.smoothing_site import sites_of
+    from llmquant.outlier_suppression.site_suppressor import sites_of
     reference, alone, stats = view.outputs(None), {}, dict(view.stats)
     plain = view.error(reference, len(reference))
     for site in sites_of(view, name):

@@ -118,23 +118,22 @@ def copy(self:LayerStats) -> LayerStats: # The notes are the copy's own
 
 # %% ../../nbs/core/statistics.ipynb #6f2bbe4c
 @patch
-def scaled(self:LayerStats,
-    s:Tensor, # [in_features], positive: the input becomes x / s
-) -> LayerStats: # New tensors; the notes are shared
-    "The statistics of the input after each channel was divided by its factor."
-    both = lambda m: None if m is None else (m / s[:, None]).div_(s)
-    one = lambda v: None if v is None else v / s
-    return replace(self, hessian=both(self.hessian), cross=both(self.cross), maxima=one(self.maxima),
-                   means=one(self.means), low=one(self.low), high=one(self.high), histogram=None)
-
-# %% ../../nbs/core/statistics.ipynb #b91d40f7
-@patch
 def scale_(self:LayerStats,
     s:Tensor, # [in_features], positive: the input becomes x / s
 ):
-    "`scaled`, in place."
+    "The statistics of the input after each channel was divided by its factor; the squares are divided where they are."
     for square in self.hessian, self.cross:
         if square is not None: square.div_(s[:, None]).div_(s)
-    for sizes in self.maxima, self.means, self.low, self.high:
-        if sizes is not None: sizes.div_(s)
+    for name in "maxima", "means", "low", "high":
+        if (sizes := getattr(self, name)) is not None: setattr(self, name, sizes / s)
     self.histogram = None
+
+# %% ../../nbs/core/statistics.ipynb #b91d40f7
+@patch
+def shift_(self:LayerStats,
+    z:Tensor, # [in_features]: the input becomes x - z
+):
+    "The range of the input after a constant was taken away from each channel; all else is dropped."
+    self.low, self.high = self.low - z, self.high - z
+    self.maxima = torch.maximum(self.low.abs(), self.high.abs())
+    self.hessian = self.cross = self.means = self.histogram = None

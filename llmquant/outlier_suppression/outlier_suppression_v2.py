@@ -17,7 +17,8 @@ from ..core.names import natural_key
 from ..core.options import Option
 from ..core.scheme import dtype_name
 from ..core.smoothing import shift_obstacle
-from .smoothing_site import SiteSuppressor, SmoothingSite
+from .site_suppressor import SiteSuppressor
+from ..sequential.smoothing_site import SmoothingSite
 
 # %% ../../nbs/outlier_suppression/outlier_suppression_v2.ipynb #afc931b2
 def shift_by_middle(
@@ -67,11 +68,11 @@ def find_scale(
 ) -> tuple[tuple|None, Tensor, dict]: # (threshold, strength), or None for no scale; factors; errors, as in `best_scale`
     "Search threshold and strength."
     tried = lambda pairs: (((t, p), drawn(sizes, t, p)) for t, p in pairs)
-    best, _, errors = site.best_scale(tried((t, p) for p in STRENGTHS for t in thresholds(sizes)))
+    best, _, errors = site.best_scale(tried((t, p) for p in STRENGTHS for t in thresholds(sizes)), site.tried)
     step = COARSE_THRESHOLDS
     while best and step > FINE:
         step = step**.5
-        near, _, more = site.best_scale(tried((best[0] * f, best[1]) for f in (1 / step, step)))
+        near, _, more = site.best_scale(tried((best[0] * f, best[1]) for f in (1 / step, step)), site.tried)
         if near and more[near] < errors[best]: best = near
         errors |= more
     best = site.settled(errors, lambda pair: drawn(sizes, *pair), thorough=False)

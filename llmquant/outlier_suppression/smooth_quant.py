@@ -13,7 +13,8 @@ from fastcore.basics import patch
 from torch import Tensor
 from ..core.errors import UsageError
 from ..core.options import Option
-from .smoothing_site import SiteSuppressor, SmoothingSite
+from .site_suppressor import SiteSuppressor
+from ..sequential.smoothing_site import SmoothingSite
 
 # %% ../../nbs/outlier_suppression/smooth_quant.ipynb #01f80804
 def smoothing_factors(

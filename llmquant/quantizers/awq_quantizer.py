@@ -4,22 +4,21 @@
 
 # %% auto #0
 __all__ = ['CLIP_FACTORS', 'rounding', 'row_parts', 'scaled_error', 'per_channel', 'column_sizes', 'candidates', 'clipped_grid',
-           'AWQQuantizer', 'check_hessians', 'rescale_statistics']
+           'AWQQuantizer', 'check_hessians']
 
 # %% ../../nbs/quantizers/awq_quantizer.ipynb #7efe0700
 from collections.abc import Iterator
 import torch
 from fastcore.basics import patch
-from torch import Tensor, nn
+from torch import Tensor
 from ..core.errors import UsageError
 from ..core.format_registry import FormatRegistry
 from ..core.qparams import fit_qparams, qparams_of_range, ranges
-from ..core.model_registry import ModelRegistry
 from ..core.options import SYMMETRIC, Option
 from ..core.qtensor import QuantizedWeight, round_to_grid
 from ..core.quantizer_registry import BaseQuantizer
 from ..core.scheme import QuantScheme
-from ..core.smoothing import SmoothingPair, fold, power_of_two
+from ..core.smoothing import power_of_two
 from ..core.statistics import LayerStats
 
 # %% ../../nbs/quantizers/awq_quantizer.ipynb #c98059b3
@@ -59,13 +58,12 @@ def scaled_error(
 
 # %% ../../nbs/quantizers/awq_quantizer.ipynb #935469ba
 def per_channel(
-    values:Tensor,      # float32 [in_features], of the consumers' input
-    pair:SmoothingPair, # Which channel comes from where
-) -> Tensor:            # float32 [producer channels], positive
+    site,          # A `SmoothingSite`
+    values:Tensor, # float32 [in_features], of the consumers' input
+) -> Tensor:       # float32 [producer channels], positive
     "The mean over the copies of each channel; at least a ten-thousandth of all channels' mean."
-    channel = pair.producer_channel(len(values)).to(values.device)
-    sums = torch.zeros(len(values) // pair.repeats, device=values.device).index_add_(0, channel, values)
-    return sums.clamp(min=float(sums.mean()) * 1e-4) / pair.repeats
+    sums = site.gather(values, "sum")
+    return sums.clamp(min=float(sums.mean()) * 1e-4) / site.pair.repeats
 
 def column_sizes(
     weight:Tensor,      # float32 [out_features, in_features]
@@ -78,11 +76,10 @@ def column_sizes(
 # %% ../../nbs/quantizers/awq_quantizer.ipynb #4dfa7216
 def candidates(
     activations:Tensor,        # float32 [channels], positive
-    n_grid:int,                # How many exponents from 0 to below 1
+    n_grid:int,                # How many exponents from 0 to below 1; 0 only where the weights have a part
     columns:Tensor|None=None,  # float32 [channels], positive: the weights' part
-) -> Iterator[tuple[float, Tensor]]: # Exponent and factors; the first is (0.0, ones)
+) -> Iterator[tuple[float, Tensor]]: # Exponent and factors
     "Factors to try."
-    yield 0., torch.ones_like(activations)
     for alpha in (k / n_grid for k in range(0 if columns is not None else 1, n_grid)):
         s = activations**alpha
         if columns is not None: s = s / columns**(1 - alpha)
@@ -168,60 +165,33 @@ def check_hessians(
 # %% ../../nbs/quantizers/awq_quantizer.ipynb #a29560d8
 @patch
 def best_scale(self:AWQQuantizer,
-    layers:list[tuple[Tensor, QuantScheme]], # Weight and scheme of each quantized consumer
-    stats:LayerStats,   # Of their shared input
-    pair:SmoothingPair, # How channels correspond
-    exact:bool=False,   # Powers of two only
+    site, # A `SmoothingSite` with statistics
 ) -> tuple[Tensor, dict]: # float32 [producer channels]; exponent and error relative to that without factors
     "The factors of least output error."
+    stats, plans, channel = site.stats, site.view.plans, site.channels()
+    layers = [(module.weight.detach().float(), plans[name].scheme)
+              for name, module in zip(site.pair.consumers, site.consumers) if name in plans]
     columns = None
     if self.current()["duo_scaling"]:
-        columns = per_channel(torch.stack([column_sizes(*layer) for layer in layers]).mean(0), pair)
-    sizes = getattr(stats, self.current()["activations"])
-    channel, found, plain = pair.producer_channel(len(sizes)).to(sizes.device), (float("inf"), 0., None), None
-    for alpha, s in candidates(per_channel(sizes, pair), self.current()["n_grid"], columns):
-        s = power_of_two(s) if exact else s
-        error = sum(scaled_error(weight, s[channel], scheme, stats.hessian) for weight, scheme in layers)
-        plain = error if plain is None else plain
-        if error < found[0]: found = error, alpha, s
-    return found[2], {"alpha": found[1], "error_ratio": found[0] / plain if plain else 1.}
+        columns = per_channel(site, torch.stack([column_sizes(*layer) for layer in layers]).mean(0))
+    sizes = per_channel(site, getattr(stats, self.current()["activations"]))
+    wished = candidates(sizes, self.current()["n_grid"], columns)
+    error = lambda s: sum(scaled_error(weight, s[channel], scheme, stats.hessian) for weight, scheme in layers)
+    plain = error(torch.ones_like(sizes))
+    alpha, scale, errors = site.best_scale(((alpha, power_of_two(s) if site.exact else s) for alpha, s in wished),
+                                           lambda s: error(s) / plain if plain else 1.)
+    return scale, {"alpha": alpha or 0., "error_ratio": errors.get(alpha, 1.)}
 
 # %% ../../nbs/quantizers/awq_quantizer.ipynb #1546b94f
-def _modules(view, pair:SmoothingPair) -> tuple[nn.Module, list[nn.Module]]:
-    "Producer and consumers; `UsageError` naming the pair when one is not there."
-    try: return view.module(pair.producer), [view.module(name) for name in pair.consumers]
-    except (UsageError, KeyError, AttributeError) as error:
-        raise UsageError(f"smoothing pair {pair.producer} -> {', '.join(pair.consumers)} does not match block "
-                         f"{view.index} ({error}); correct the adapter's smoothing_pairs") from None
-
 @patch
-def smooth_pair(self:AWQQuantizer,
-    view,               # The block, a `BlockView`; modules and statistics are edited
-    pair:SmoothingPair, # One of its pairs
+def smooth_site(self:AWQQuantizer,
+    site, # A `SmoothingSite`; its modules and statistics are edited
 ):
-    "Find the factors of one pair and fold them in."
-    producer, consumers = _modules(view, pair)
-    quantized = [name for name in pair.consumers if name in view.plans]
-    if not quantized: return
-    stats = view.stats[quantized[0]]
-    check_hessians(stats, quantized[0])
-    exact = len(quantized) < len(consumers) or (producer.weight.dim() == 2 and pair.producer not in view.plans)
-    layers = [(view.module(name).weight.detach().float(), view.plans[name].scheme) for name in quantized]
-    scale, notes = self.best_scale(layers, stats, pair, exact)
-    stats.notes.update(notes)
-    if notes["alpha"] == 0 and bool((scale == 1).all()): return
-    scale = fold(producer, consumers, scale, pair, view.dtype, exact)
-    rescale_statistics(view.stats, quantized, scale[pair.producer_channel(len(stats.means)).to(scale.device)])
-    view.edited.update((pair.producer, *pair.consumers))
-
-# %% ../../nbs/quantizers/awq_quantizer.ipynb #8d638fcf
-def rescale_statistics(
-    stats:dict[str, LayerStats], # Of the block's Linears; changed in place
-    names:list[str],             # Those whose input was divided
-    scale:Tensor,                # [in_features], what it was divided by
-):
-    "Make the statistics those of the divided input, once for each shared object and without a second Hessian."
-    for own in {id(stats[name]): stats[name] for name in names}.values(): own.scale_(scale)
+    "Find the factors of one site and fold them in."
+    check_hessians(site.stats, site.quantized[0])
+    scale, notes = self.best_scale(site)
+    site.stats.notes.update(notes)
+    if not (scale == 1).all(): site.scale_by(scale)
 
 # %% ../../nbs/quantizers/awq_quantizer.ipynb #6470f8be
 @patch
@@ -229,15 +199,9 @@ def rescale_statistics(
 def prepare_block(self:AWQQuantizer,
     view, # The block, a `BlockView`
 ):
-    "Smooth every pair of the block, in order; `UsageError` for an architecture without pairs."
+    "Smooth every site of the block, in the adapter's order; `UsageError` for an architecture without pairs."
     if not self.current()["n_grid"]: return
-    if not view.pairs:
-        default = ModelRegistry.get("default").smoothing_pairs
-        have = [n for n in ModelRegistry.list_adapters() if ModelRegistry.get(n).smoothing_pairs is not default]
-        raise UsageError(f"awq: no smoothing pairs are known for block {view.index} of this architecture; the "
-                         f"adapters {', '.join(have)} have them: use one of their model types, give the adapter "
-                         "smoothing_pairs, or set quantization.awq.n_grid to 0")
-    for pair in view.pairs: self.smooth_pair(view, pair)
+    for site in view.sites(self.name, ", or set quantization.awq.n_grid to 0"): self.smooth_site(site)
 
 # %% ../../nbs/quantizers/awq_quantizer.ipynb #abd99835
 @patch

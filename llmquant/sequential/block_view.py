@@ -13,10 +13,14 @@ from functools import partial
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
+from ..core.errors import UsageError
+from ..core.model_registry import ModelRegistry
 from ..core.qtensor import round_to_grid
+from ..core.smoothing import SmoothingPair, check_members
 from ..core.statistics import LayerStats
 from ..plan.plan import LayerPlan
 from .activation_quantization import simulate, static_parameters
+from .smoothing_site import SmoothingSite
 
 # %% ../../nbs/sequential/block_view.ipynb #6e19e5d7
 @contextmanager
@@ -49,6 +53,34 @@ class BlockView:
     ) -> nn.Module:
         "A module of the block, with float32 parameters that may be edited."
         return self.find(name)
+
+# %% ../../nbs/sequential/block_view.ipynb #54548bf7
+@patch
+def site(self:BlockView,
+    pair:SmoothingPair, # One of the view's
+) -> SmoothingSite|None: # None when no consumer will be quantized
+    "Look up the modules of a pair; `UsageError` when they are not there or do not fit."
+    try: producer, consumers = self.module(pair.producer), [self.module(name) for name in pair.consumers]
+    except (UsageError, KeyError, AttributeError) as error:
+        raise UsageError(f"smoothing pair {pair.producer} -> {', '.join(pair.consumers)} does not match block "
+                         f"{self.index} ({error}); correct the adapter's smoothing_pairs") from None
+    check_members(producer, consumers, pair)
+    quantized = [name for name in pair.consumers if name in self.plans]
+    return SmoothingSite(pair, self, producer, consumers, quantized) if quantized else None
+
+@patch
+def sites(self:BlockView,
+    method:str,    # Who asks, for messages
+    instead:str="", # What else would help where there are none, such as ", or ..."
+) -> list[SmoothingSite]: # In the adapter's order
+    "All sites of the block; `UsageError` when its architecture has no pairs."
+    if not self.pairs:
+        default = ModelRegistry.get("default").smoothing_pairs
+        have = [n for n in ModelRegistry.list_adapters() if ModelRegistry.get(n).smoothing_pairs is not default]
+        raise UsageError(f"{method}: no smoothing pairs are known for block {self.index} of this architecture; the "
+                         f"adapters {', '.join(have)} have them: use one of their model types, or give the adapter "
+                         f"smoothing_pairs{instead}")
+    return [site for pair in self.pairs if (site := self.site(pair))]
 
 # %% ../../nbs/sequential/block_view.ipynb #483c2e3a
 @contextmanager
