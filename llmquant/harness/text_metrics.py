@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STEP', 'TOP', 'CHARACTERS', 'SlidingWindows', 'check_stride', 'sliding_windows', 'scored_logits', 'token_logprobs',
            'kl_divergence', 'TextScores', 'score_models', 'text_figures', 'served_divergence', 'score_served',
-           'text_of', 'ids_of', 'loaded', 'ask_both', 'text_metrics']
+           'named_text', 'ids_of', 'loaded', 'ask_both', 'text_metrics']
 
 # %% ../../nbs/harness/text_metrics.ipynb #dea1c248
 import importlib.util
@@ -191,7 +191,7 @@ def score_served(
     return TextScores(*came, np.stack(kl), np.stack(same)), np.stack(own)
 
 # %% ../../nbs/harness/text_metrics.ipynb #ff988745
-def text_of(
+def named_text(
     text: str | Path | None,  # a file, see calibration.dataset; None for the default
 ) -> tuple[str, str]:  # its name for the reader, and the text
     "The text that is measured; `UsageError` for a file that holds rows, or cannot be read."
@@ -267,7 +267,7 @@ def text_metrics(
     if backend not in ("vllm", "hf"): raise UsageError(f"backend {backend!r}: must be vllm or hf")
     if dtype not in ("auto", *SERVED_DTYPES):
         raise UsageError(f"dtype {dtype!r}: must be auto, {', '.join(SERVED_DTYPES)}")
-    start, (name, whole) = perf_counter(), text_of(text)
+    start, (name, whole) = perf_counter(), named_text(text)
     characters = len(whole) if windows is None else CHARACTERS * (context + windows * stride)
     tokens, prefix = ids_of(base, export, whole, characters)
     cut = sliding_windows(tokens, prefix, context, stride, windows)
