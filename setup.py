@@ -29,6 +29,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=[settings["lib_path"], settings["lib_path"] + ".*"]),
+    package_data={settings["lib_path"]: ["harness/default_tasks/*"]},
     python_requires=">=" + settings["min_python"],
     install_requires=words("requirements"),
     extras_require={
