@@ -15,6 +15,7 @@ from llmquant.core.quantizer_registry import QuantizerRegistry
 from llmquant.evaluation.verification import check_files
 from llmquant.evaluation.served_model import forced_logits
 from llmquant.in_memory.quant_linear import QuantLinear
+from llmquant.utils.config import resolve
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
 import matrix  # noqa: E402
@@ -254,3 +255,16 @@ def test_a_search_is_part_of_the_predicted_peak(checkpoints, suppressors, rest, 
     config = config_of(suppressors, {"activations": 8, **rest})
     _, need = preflight(resolve({"model_path": str(checkpoints("llama")), "method": "minmax"}, config=config))
     assert bool(need.searching) == bool(more) and need.searching >= more << 20
+
+
+@pytest.mark.parametrize("suppressors, named", [("rotation", "minmax with rotation"), ([], "minmax")])
+def test_text_that_nobody_would_look_at_is_refused(suppressors, named, tmp_path):
+    "By both entry points, before anything is read or edited; a suppressor that measures takes it."
+    config = {"quantization": {"outlier_suppression": suppressors}, "calibration": {"dataset": "wikitext"}}
+    with pytest.raises(UsageError, match=rf"calibration\.dataset: {named} needs no calibration data; remove calibration\.dataset"):
+        quantize(tmp_path / "base", tmp_path / "out", "minmax", config=config)
+    with pytest.raises(UsageError, match=f"^{named} needs no calibration data; leave calibration_data out"):
+        QuantizerRegistry.get("minmax")().quantize(tiny.build("llama"), bits=4, group_size=32, config=config_of(suppressors, {}),
+                                                   calibration_data=torch.zeros(2, 9).long())
+    measuring = {"quantization": {"outlier_suppression": ["rotation", "smooth_quant"]}, "calibration": {"dataset": "wikitext"}}
+    assert resolve(config=measuring).calibration["dataset"] == "wikitext"

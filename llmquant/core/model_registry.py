@@ -26,7 +26,7 @@ def adapter_for(
     model_type = config.get("model_type")
     if not model_type or not isinstance(model_type, str):
         raise UsageError(f"config.json has model_type {model_type!r}; it must name the architecture, such as 'llama'")
-    for name in sorted(registry.names(), key=lambda n: registry.get(n).__module__.startswith("llmquant.models.")):
+    for name in sorted(registry.names(), key=lambda name: registry.get(name) in registry.built_in): # others first
         if model_type in getattr(registry.get(name), "model_types", ()): return registry.get(name)()
     names = [model_type, *(config.get("architectures") or []), str(config.get("_name_or_path") or "")]
     hits = [hit for hit in map(registry.match, names) if hit]

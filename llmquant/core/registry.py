@@ -34,6 +34,7 @@ class Registry:
     ):
         self.kind, self.check, self.populate, self.group = kind, check, populate, group
         self.classes, self.patterns, self.filled = {}, {}, not (populate or group)
+        self.built_in = frozenset() # The classes that `populate` registered, once it has run
         self.broken = {} # Names of other packages' classes that cannot be loaded, to the error that says why
 
 # %% ../../nbs/core/registry.ipynb #abe486cc
@@ -79,9 +80,10 @@ def _fill(self:Registry):
     "Load the built-in classes, then those of other packages; names registered earlier win."
     if self.filled: return
     self.filled = True
-    own = dict(self.classes), dict(self.patterns)
-    if self.populate:
-        by_name(self.populate)()
+    own = self.classes, self.patterns
+    self.classes, self.patterns = {}, {}
+    if self.populate: by_name(self.populate)()
+    self.built_in = frozenset(self.classes.values())
     for point in entry_points(group=self.group) if self.group else (): self._load(point)
     self.classes.update(own[0]); self.patterns.update(own[1])
 

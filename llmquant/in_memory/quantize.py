@@ -12,11 +12,12 @@ from dataclasses import replace
 from typing import Any
 import torch
 from ..core.errors import UsageError
+from ..core.outlier_suppression_registry import own_apply
 from .calibrate import calibrate_model, calibration_for, who_measures
 from .model import ModuleSink, check_model, set_quantized_config_, note_suppression, plan_model
 from .suppress import prepare_model
 from ..utils.components import calibrates, make_suppressors
-from ..utils.config import Recipe, measures, resolve
+from ..utils.config import Recipe, resolve, unmeasured
 from ..utils.logging import progress, quieted
 from ..utils.recipe_keys import SECTIONS
 from ..sequential.block_flow import flow_of
@@ -58,14 +59,14 @@ def quantize_by(
     calibration_data:Any, # What the call was given
 ):                        # The same model
     "Quantize a model in memory as a recipe says; all that can be refused is refused before anything is edited."
-    if calibration_data is not None and quantizer.data_free and not measures(vars(recipe)):
-        raise UsageError(f"{quantizer.name} needs no calibration data; leave calibration_data out")
     quantizer.activations = recipe.activations
     quantizer.configure(recipe.options)
     suppressors = make_suppressors(recipe)
+    who = who_measures(quantizer, suppressors, recipe)
+    if calibration_data is not None and not who and not any(map(own_apply, suppressors)):
+        raise UsageError(f"{unmeasured(quantizer.name, recipe.outlier_suppression)}; leave calibration_data out")
     check_model(model)
     model.trusts_remote_code = recipe.trust_remote_code # for the export
-    who = who_measures(quantizer, suppressors, recipe)
     found = calibration_for(model, calibration_data, recipe, who) if calibrates(quantizer, recipe) else None
     made = lambda: plan_model(quantizer, model, recipe.bits, recipe.group_size, recipe.layers, recipe.torch_dtype,
                               recipe.overrides)

@@ -9,7 +9,7 @@ __all__ = ['make_quantizer', 'make_suppressors', 'calibrates']
 from ..core.errors import UsageError
 from ..core.outlier_suppression_registry import OutlierSuppressionRegistry, is_blockwise
 from ..core.quantizer_registry import BaseQuantizer, QuantizerRegistry
-from .config import Recipe, static_ranges
+from .config import Recipe, configured_suppressors, static_ranges
 
 # %% ../../nbs/utils/components.ipynb #950fb983
 def make_quantizer(
@@ -28,13 +28,7 @@ def make_suppressors(
     if recipe.outlier_suppression and recipe.bits == 16:
         raise UsageError(f"outlier_suppression {', '.join(recipe.outlier_suppression)} with bits 16: no layer is "
                          "quantized, so there is nothing to prepare; give bits below 16, or leave it out")
-    found = []
-    for name in recipe.outlier_suppression:
-        found.append(OutlierSuppressionRegistry.get(name)())
-        found[-1].name = name
-        found[-1].configure({path.partition(".")[2]: value for path, value in recipe.suppressor_options.items()
-                             if path.partition(".")[0] == name})
-    return tuple(found)
+    return configured_suppressors(recipe.outlier_suppression, recipe.suppressor_options)
 
 # %% ../../nbs/utils/components.ipynb #99d99052
 def calibrates(
