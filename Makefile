@@ -21,7 +21,7 @@ help:
 	@echo "make test     sync check, notebook tests, pytest"
 	@echo "make slow     the notebooks' cells flagged slow, on the demo's model and in vLLM: methods compared on real layers"
 	@echo "make fuzz     ten minutes of mutated inputs, none of which may end in a traceback (FUZZ_ARGS='--seed 7')"
-	@echo "make docs     the documentation site in _docs/, and README.md (STRICT=1: warnings are errors; KATEX=folder: formulas offline)"
+	@echo "make docs     the documentation site in _docs/, and README.md (STRICT=1: warnings are errors)"
 	@echo "make lab      JupyterLab on the notebooks"
 	@echo "make sync     export the notebooks to the package"
 	@echo "make notebooks  run notebooks and store their outputs (NOTEBOOKS=nbs/index.ipynb for one)"
@@ -92,7 +92,7 @@ fuzz: $(STAMPS)/dev
 	@$(PY) tools/fuzz.py $(FUZZ_ARGS)
 
 docs: $(STAMPS)/dev
-	@$(PY) tools/docs.py $(if $(STRICT),--strict) $(if $(KATEX),--katex $(KATEX))
+	@$(PY) tools/docs.py $(if $(STRICT),--strict)
 
 sync: $(STAMPS)/dev
 	@$(PY) tools/sync.py

@@ -1,10 +1,12 @@
 """Build the documentation site (_docs/) and README.md from nbs/ and _quarto.yml, without the Quarto binary.
 
 nbdev processes the notebooks as it does for Quarto (API entries, hidden cells, links to names); smalldocs, a reader of
-_quarto.yml in pure Python, turns them into the site. Then every link of every page is followed.
+_quarto.yml in pure Python, turns them into the site, in which formulas become MathML.
+Then every link of every page is followed, and every picture must have alternative text.
 """
 import argparse
 import ast
+import hashlib
 import os
 import re
 import shutil
@@ -16,12 +18,16 @@ from urllib.parse import unquote
 
 import yaml
 from execnb.nbio import mk_cell, read_nb, write_nb
+from formulas import unknown_commands, write_formulas
 from nbdev.config import get_config
 from nbdev.doclinks import _build_modidx, nbglob
 from nbdev.processors import FilterDefaults, exec_show_docs
 from readme import readme
 
-KATEX_CDN = re.compile(r"https://cdn\.jsdelivr\.net/npm/katex@[\d.]+/dist")
+FINGERPRINT = "sources.sha256"
+LONG_LINE = 110
+OUTPUT = re.compile(r'(<div class="cell-output[^"]*">\s*)<pre><code>(.*?)</code></pre>', re.S)
+IMG = re.compile(r"<img\b[^>]*>")
 LINK = re.compile(r'(?:href|src)="([^"]+)"')
 FENCE = re.compile(r"^```.*?^```$", re.S | re.M)
 LINKED_NAME = re.compile(r"\[(`[^`\]]+`)\]\([^)\s]+\)")
@@ -78,7 +84,7 @@ def split_first_cell(notebook):
 
 
 def unlinked_code(text):
-    "Markdown without links in its code blocks: nbdev links names in a signature's comments, where nothing renders them."
+    "Markdown without links in its code blocks: nbdev links names in a signature's comments, where they stay text."
     return FENCE.sub(lambda block: LINKED_NAME.sub(r"\1", block[0]), text)
 
 
@@ -149,14 +155,23 @@ def unlisted(cfg, quarto):
     return [f"{page}: in no sidebar of _quarto.yml" for page in sorted(pages) if page not in known]
 
 
-def make_relative(out, site, katex):
-    "Turn nbdev's absolute links, and with `katex` the address of KaTeX, into relative ones at every depth."
+def make_relative(out, site):
+    "Turn nbdev's absolute links into relative ones at every depth."
     for page in out.rglob("*.html"):
         up = "../" * (len(page.relative_to(out).parts) - 1)
         text = page.read_text(encoding="utf-8").replace(f'href="{site}', f'href="{up or "./"}')
-        page.write_text(KATEX_CDN.sub(f"{up}site_libs/katex", text) if katex else text, encoding="utf-8")
-    if katex:
-        shutil.copytree(katex, out / "site_libs/katex")
+        page.write_text(text, encoding="utf-8")
+
+
+def wrap_long_lines(out):
+    "Mark outputs with a line longer than any screen, messages as a rule: styles.css wraps those, and not tables."
+    def marked(found):
+        lines = unescape(found[2]).splitlines()
+        long = max(map(len, lines), default=0) > LONG_LINE
+        return found[0].replace("<pre>", '<pre class="long-lines">', 1) if long else found[0]
+
+    for page in out.rglob("*.html"):
+        page.write_text(OUTPUT.sub(marked, page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def broken_links(out):
@@ -174,11 +189,36 @@ def broken_links(out):
                 yield f"{page.relative_to(out)}: the link {link} leads nowhere"
 
 
+def pictures_without_text(out):
+    "Pictures that a reader who does not see them learns nothing about."
+    for page in sorted(out.rglob("*.html")):
+        for number, picture in enumerate(IMG.findall(page.read_text(encoding="utf-8")), 1):
+            if not re.search(r'\balt="\s*[^"\s]', picture):
+                yield (f"{page.relative_to(out)}: picture {number} has no alternative text; give its cell "
+                       "#| fig-alt, and quote options that hold a colon")
+
+
+def problems_of(out):
+    "What is wrong with the pages as they are written."
+    return [*broken_links(out), *pictures_without_text(out), *unknown_commands(out)]
+
+
+def fingerprint(root):
+    "A digest of all that the site is made of, stored with it, so that a test knows whether it has to build one."
+    files = [*(root / "nbs").rglob("*"), *(root / "llmquant").rglob("*.py"),
+             root / "_quarto.yml", root / "settings.ini",
+             *(root / "tools" / f"{name}.py" for name in ("docs", "formulas", "readme"))]
+    made_of = [path for path in files if path.is_file() and ".ipynb_checkpoints" not in path.parts]
+    digest = hashlib.sha256()
+    for path in sorted(made_of):
+        digest.update(f"{path.relative_to(root)} {path.stat().st_size}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 def main():
     "Build the site and README.md."
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--strict", action="store_true", help="fail on any warning, unlisted page or broken link")
-    parser.add_argument("--katex", type=Path, help="a folder with KaTeX's dist, to serve formulas without a network")
     given = parser.parse_args()
     cfg = get_config()
     root, processed, out = Path(cfg.config_path), Path(cfg.config_path) / "_proc", Path(cfg.doc_path)
@@ -186,6 +226,7 @@ def main():
     for folder in (processed, out):
         shutil.rmtree(folder, ignore_errors=True)
     _build_modidx()
+    made_of = fingerprint(root)
     failed = list(process_all(cfg.nbs_path, processed))
     if failed:
         sys.exit("\n".join(failed))
@@ -197,9 +238,12 @@ def main():
     done = subprocess.run(render)
     if done.returncode:
         sys.exit(done.returncode)
-    make_relative(processed / out.name, site, given.katex)
+    make_relative(processed / out.name, site)
+    wrap_long_lines(processed / out.name)
+    write_formulas(processed / out.name)
     shutil.move(processed / out.name, out)
-    problems = [*unlisted(cfg, yaml.safe_load(quarto.read_text(encoding="utf-8"))), *broken_links(out.resolve())]
+    (out / FINGERPRINT).write_text(made_of)
+    problems = [*unlisted(cfg, yaml.safe_load(quarto.read_text(encoding="utf-8"))), *problems_of(out.resolve())]
     print("\n".join([*problems, f"{out.name}: {len(list(out.rglob('*.html')))} pages, {len(problems)} problems"]))
     sys.exit(1 if given.strict and problems else 0)
 
