@@ -77,16 +77,6 @@ class Architecture:
         for name in ("smoothing_pairs", "rotation_sites"):
             if name in vars(cls): setattr(cls, name, _of_its_types(vars(cls)[name]))
 
-    def linear_sites(self,
-        config: dict,      # config.json, parsed
-        shapes: dict,      # tensor name -> shape
-    ) -> list[LinearSite]:
-        "Every Linear of the checkpoint, in natural order, each with its fate and the reason."
-        by_names = config.get("model_type") in self.model_types and any(n.startswith(f"{self.blocks}.") for n in shapes)
-        sites = (sites_by_names if by_names else sites_by_skeleton)(self, config, shapes)
-        self.seen = {"config": config, "sites": sites}
-        return sites
-
     def smoothing_pairs(self,
         config: dict, # config.json, parsed
         block: int,   # index
@@ -100,6 +90,18 @@ class Architecture:
     ):                # `RotationSites` or None
         "What touches the residual stream and where values are made; None where no adapter declares it."
         return common_sites(config, shapes)
+
+# %% ../../nbs/models/base_adapter.ipynb #3f7cd141
+@patch
+def linear_sites(self:Architecture,
+    config: dict,      # config.json, parsed
+    shapes: dict,      # tensor name -> shape
+) -> list[LinearSite]:
+    "Every Linear of the checkpoint, in natural order, each with its fate and the reason."
+    by_names = config.get("model_type") in self.model_types and any(n.startswith(f"{self.blocks}.") for n in shapes)
+    sites = (sites_by_names if by_names else sites_by_skeleton)(self, config, shapes)
+    self.seen = {"config": config, "sites": sites}
+    return sites
 
 # %% ../../nbs/models/base_adapter.ipynb #08d8d2d7
 @patch

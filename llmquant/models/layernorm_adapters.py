@@ -48,7 +48,7 @@ class GPTNeoXAdapter(BaseHuggingFaceAdapter):
         values = [ValueSite(f"{p}.query_key_value", f"{p}.dense", dim, 1, 3 * dim, 2 * dim) for p in parts]
         return stream_sites(NEOX, config, shapes, values)
 
-# %% ../../nbs/models/layernorm_adapters.ipynb #ca79a246
+# %% ../../nbs/models/layernorm_adapters.ipynb #f7c1d728
 QKV = tuple(f"self_attn.{name}_proj" for name in "qkv")
 OPT = StreamTable({"self_attn_layer_norm": QKV, "final_layer_norm": ("fc1",)}, ("self_attn.out_proj", "fc2"),
                   blocks="model.decoder.layers",
@@ -57,6 +57,7 @@ OPT = StreamTable({"self_attn_layer_norm": QKV, "final_layer_norm": ("fc1",)}, (
 NARROW = "the embeddings are narrower than the residual stream"
 POST_NORM_STREAM = "norms behind attention and MLP normalize the residual stream itself"
 
+# %% ../../nbs/models/layernorm_adapters.ipynb #ca79a246
 class OPTAdapter(BaseHuggingFaceAdapter):
     "OPT."
     model_type = "opt"

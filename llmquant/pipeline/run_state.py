@@ -31,7 +31,7 @@ class Run:
     adapter: Any               # Of the model's family
     quantizer: BaseQuantizer   # Configured
     suppressors: tuple = ()    # Configured, in order
-    facts: dict = field(default_factory=dict) # For the report; receives more while the run goes on
+    facts: dict = field(default_factory=dict) # For the report; every step adds to it
     data: CalibrationData|None = None # The calibration text, where the method measures
     need: MemoryNeed|None = None      # The predicted peak
     flow: BlockFlow|None = None       # How the decoder calls its blocks, where the method measures

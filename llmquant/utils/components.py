@@ -21,6 +21,7 @@ def make_quantizer(
     quantizer.activations = recipe.activations
     return quantizer.configure(recipe.options)
 
+# %% ../../nbs/utils/components.ipynb #344b5caa
 def make_suppressors(
     recipe:Recipe, # Names them and their options
 ) -> tuple:        # Configured, in order
