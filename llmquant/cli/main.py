@@ -189,6 +189,7 @@ def _concerns_export(
     except LLMQuantError: return False
     return True
 
+# %% ../../nbs/cli/main.ipynb #3677705a
 def _verify(arguments) -> str:
     "Verify an export: its bits against what was computed, its logits in vLLM against the dequantized model."
     bound = None if arguments.bound is None else parse_yaml(arguments.bound, "--bound")[0]

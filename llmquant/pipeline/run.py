@@ -57,6 +57,7 @@ def check_shard_size(
     raise UsageError(f"max_shard_size {recipe.max_shard_size} bytes: tensor {largest} takes {sizes[largest]} and cannot be "
                      f"divided between files; give {-(-sizes[largest] // 10**6)}MB or more")
 
+# %% ../../nbs/pipeline/run.ipynb #65605eed
 def plan_checkpoint(
     recipe:Recipe,           # What to do
     source:CheckpointSource, # With what

@@ -291,6 +291,7 @@ def suppress(self:BlockLoop,
         edited |= view.edited
     return edited
 
+# %% ../../nbs/sequential/block_loop.ipynb #7c6dca28
 @patch
 def compare_sizes(self:BlockLoop,
     index:int,                       # The block
@@ -319,7 +320,7 @@ def quantize_block(self:BlockLoop,
                          "set it to false")
     if self.quantizer.settings.get("true_sequential"):
         edited = self.suppress(index, block, plans, {n[0]: modules[n[0]] for n in groups}, groups, pairs)
-        return self._in_turn(index, block, plans, modules, groups, keep), edited
+        return self._group_by_group(index, block, plans, modules, groups, keep), edited
     leaders = {names[0]: modules[names[0]] for names in groups}
     edited = self.suppress(index, block, plans, leaders, groups, pairs)
     measured = self.measure(index, block, leaders, keep) if self.wanted else dict.fromkeys(leaders)
@@ -342,7 +343,7 @@ def edits(self:BlockLoop) -> bool:
     return self.quantizer.edits_blocks()
 
 @patch
-def _in_turn(
+def _group_by_group(
     self:BlockLoop, index:int, block:nn.Module, plans:Mapping, modules:Mapping, groups:list, keep:Activations|None
 ) -> list:
     "Measure and quantize group by group, so that each sees what the quantized ones before it give."
