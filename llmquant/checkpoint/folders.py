@@ -156,14 +156,14 @@ def _begin(self:PartialFolder,
 @patch
 @contextmanager
 def _told(self:PartialFolder):
-    "Turn what the disk refuses into a sentence."
+    "Raise what the disk refuses as one sentence."
     try: yield
     except OSError as error: raise disk_refusal(self.output, error) from None
 
 @patch
 @contextmanager
 def guarded(self:PartialFolder):
-    "Turn what the disk refuses into a sentence, and leave the partial folder."
+    "Raise what the disk refuses as one sentence, and leave the partial folder."
     try:
         with self._told(): yield
     except (KeyboardInterrupt, UsageError) as error:

@@ -95,7 +95,7 @@ class _Cursor:
         return struct.unpack(layout, self.file.read(count))
 
     def skip(self, count:int):
-        "Go on behind so many bytes."
+        "Skip so many bytes."
         self.need(count)
         self.at += count
         self.file.seek(count, os.SEEK_CUR)

@@ -96,9 +96,9 @@ def _check_size(
     parameter, # tensor of transformers' model, without memory
 ):
     "`UsageError` where the configuration gives a parameter another size than its tensors have."
-    held = [header.tensors[tensor].shape for tensor in tensors]
-    if sum(map(prod, held)) != parameter.numel():
-        raise UsageError(f"{header.path}: tensor {tensors[0]} is {list(held[0])}, and {name} "
+    shapes = [header.tensors[tensor].shape for tensor in tensors]
+    if sum(map(prod, shapes)) != parameter.numel():
+        raise UsageError(f"{header.path}: tensor {tensors[0]} is {list(shapes[0])}, and {name} "
                          f"{list(parameter.shape)} by the keys of the file; one of the two is damaged, fetch it again")
 
 # %% ../../nbs/checkpoint/gguf_model.ipynb #3ed212c3

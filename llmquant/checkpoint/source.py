@@ -231,7 +231,7 @@ def unscale_(self:CheckpointSource,
 # %% ../../nbs/checkpoint/source.ipynb #c12da435
 @patch
 def rename_(self:CheckpointSource):
-    "Present tensors that lie under older names as transformers names them."
+    "Tensors that lie under older names, renamed as transformers has them."
     found = written_names(self.config, {name: tuple(info.shape) for name, info in self.tensors.items()})
     if not found: return
     old = {stored: name for name, stored in found.items()}

@@ -131,7 +131,7 @@ class ExportWriter(ExportFolder):
 def need_room(self:ExportWriter,
     more:int=0, # bytes of files in the journal's folder at their most, those that are there already included
 ):
-    "`UsageError` when the disk has no room for what is still to be written."
+    "`UsageError` when the disk has no space for what is still to be written."
     with self.guarded():
         there = sum(path.stat().st_size for path in self.journal.place.glob("*.bin")) if self.journal else 0
         needed = sum(self.shards.places[name].nbytes for name in self.shards.missing) + max(more - there, 0)

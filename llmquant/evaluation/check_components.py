@@ -35,7 +35,7 @@ from ..sequential.layer import check_result, relative_error
 # %% ../../nbs/evaluation/check_components.ipynb #079fd336
 def run_checks(
     cls:type,                  # The component
-    checks:Iterable[Callable], # Each raises when its promise is broken
+    checks:Iterable[Callable], # Each raises when the property it checks is violated
     *given,                    # What they take after the class
 ) -> list[str]:                # Names of the checks, all of them passed
     "Run checks in order; `UsageError` names the first that fails."
@@ -71,7 +71,7 @@ def _unknown_options_are_refused(cls:type, *_):
     raise UsageError("configure takes the option no_such_option, which nobody declared")
 
 def _settings_are_each_instances_own(cls:type, *_):
-    "What one instance was told does not reach the next."
+    "What one instance was given does not reach the next."
     cls().configure({})
     if cls().settings: raise UsageError("a new instance has the settings of one that was configured before it")
 
@@ -101,7 +101,7 @@ def random_weight(
 # %% ../../nbs/evaluation/check_components.ipynb #112c7272
 def _schemes_of(
     cls:type, # A quantizer
-) -> list[tuple[Any, QuantScheme]]: # Configured quantizers and grids
+) -> list[tuple[Any, QuantScheme]]: # Configured quantizers and schemes
     "Every width that the class names below 16 bits, in groups and per channel, symmetric and not."
     found, refused = [], ""
     for bits in cls().get_supported_bits():
@@ -111,12 +111,12 @@ def _schemes_of(
                 quantizer = cls()
                 try: found.append((quantizer, quantizer.configure({"symmetric": symmetric}).make_scheme(bits, group_size, torch.float16)))
                 except UsageError as error: refused = error
-    if not found: raise UsageError(f"no grid can be made for any width: {refused or 'supported_bits names none below 16'}")
+    if not found: raise UsageError(f"no scheme can be made for any width: {refused or 'supported_bits names none below 16'}")
     return found
 
 def _quantized_by(
     quantizer,              # Configured
-    scheme:QuantScheme,     # The grid
+    scheme:QuantScheme,     # The scheme
     weight:Tensor,          # [out_features, in_features]
     wanted:Iterable[str]|None=None, # Statistics; those it asks for when not given
 ):                          # A `QuantizedWeight` that was checked
@@ -188,7 +188,7 @@ def _edges_are_quantized(cls:type):
                 raise UsageError(f"{what} comes out further from itself than zeros are, at {scheme}")
 
 def _widest_grid_is_close(cls:type):
-    "At the widest grid a random weight comes back within a tenth of its norm."
+    "At the widest scheme a random weight comes back within a tenth of its norm."
     quantizer, scheme = max(_schemes_of(cls), key=lambda pair: pair[1].bits)
     limit = .1 if scheme.bits >= 8 else .5
     if (error := relative_error(random_weight(), _quantized_by(quantizer, scheme, random_weight()))) > limit:
@@ -268,7 +268,7 @@ def check_quantizer(
 # %% ../../nbs/evaluation/check_components.ipynb #4dc68430
 @dataclass
 class ModelCase:
-    "A tiny model and what an adapter says of it."
+    "A tiny model and what an adapter declares of it."
     adapter: Any       # An instance
     model: nn.Module   # From `tiny_model`
     config: dict       # Its config.json
@@ -337,7 +337,7 @@ def _blocks_are_found(cls:type, config):
         found = case.adapter.get_layer_by_name(case.model, site.name)
         if found is not linears[site.name]: raise UsageError(f"get_layer_by_name gives another module for {site.name}")
         if site.quantize and (site.block is None or id(found) not in inside[site.block]):
-            raise UsageError(f"{site.name} is said to be in block {site.block}, and is not")
+            raise UsageError(f"{site.name} is declared to be in block {site.block}, and is not")
 
 # %% ../../nbs/evaluation/check_components.ipynb #12f6fced
 def _fused_groups_are_whole(cls:type, config):

@@ -117,8 +117,8 @@ def kernel_of(
 ):
     "The kernel object that vLLM attached, or None."
     holders = [holder for holder in (getattr(module, "scheme", None), module.quant_method) if holder is not None]
-    held = (value for holder in holders for value in vars(holder).values())
-    return next((value for value in held if callable(getattr(value, "apply_weights", None))), None)
+    attributes = (value for holder in holders for value in vars(holder).values())
+    return next((value for value in attributes if callable(getattr(value, "apply_weights", None))), None)
 
 # %% ../../nbs/evaluation/kernels.ipynb #cc2ed90d
 PER_TOKEN = "int8_scaled_mm_with_quant"    # AMX: each token by its own maximum, bfloat16 in and out

@@ -31,7 +31,7 @@ def short(
 def looks(
     labels: Sequence[str],  # of one figure
 ) -> dict[str, tuple[str, str]]:  # label to colour and marker
-    "What tells labels apart, the same in every figure for labels of `KNOWN`."
+    "What distinguishes labels, the same in every figure for labels of `KNOWN`."
     taken = {KNOWN.index(label) for label in labels if label in KNOWN}
     free = [place for place in range(len(COLOURS)) if place not in taken]
     others = [label for label in dict.fromkeys(labels) if label not in KNOWN]

@@ -61,12 +61,12 @@ def serve(jobs: list[Job],     # what to ask; the first must be answered
     return answers, "stock" if without else "plugin"
 
 # %% ../../nbs/evaluation/served_check.ipynb #5b1f0e92
-def refusal(said: Answer,         # vLLM's, with an error
+def refusal(answer: Answer,         # vLLM's, with an error
             folder: str | Path,   # that it was asked to serve
             name: str,            # of the folder, for the reader
             ) -> str:
     "That vLLM cannot serve a checkpoint, in its own words."
-    return f"vLLM cannot serve it ({said.error.replace(str(folder), name)})"
+    return f"vLLM cannot serve it ({answer.error.replace(str(folder), name)})"
 
 # %% ../../nbs/evaluation/served_check.ipynb #3c6e7f23
 LINEAR_BOUNDS = {"int": {"float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-3},   # relative, see `served_linears`
@@ -95,52 +95,52 @@ def judge_linears(errors: dict,  # name -> distance from the reference with quan
 def compare_linears(model,           # the reference in float; quantizes activations as they are served afterwards
                     export: Path,    # folder
                     config: dict,    # its config.json
-                    said: Answer,    # vLLM's
+                    answer: Answer,    # vLLM's
                     ) -> dict:       # figures, empty without activation quantization
     "Quantize the reference's inputs, and compare the Linears that have them quantized before and after."
-    served_in, structure, places = getattr(torch, said.dtype), (said.parts, said.heads), quantized_places(export)
-    seen = {name: pair for name, pair in said.linears.items() if places.issuperset(fused_parts(name, said.parts))}
-    left = places.difference(*(fused_parts(name, said.parts) for name in seen))
+    served_in, structure, places = getattr(torch, answer.dtype), (answer.parts, answer.heads), quantized_places(export)
+    seen = {name: pair for name, pair in answer.linears.items() if places.issuperset(fused_parts(name, answer.parts))}
+    left = places.difference(*(fused_parts(name, answer.parts) for name in seen))
     bare = linear_errors(model, seen, *structure, served_in)
-    quantize_inputs_as_served_(model, export, per_token_places(said.kernels, said.parts), served_in)
+    quantize_inputs_as_served_(model, export, per_token_places(answer.kernels, answer.parts), served_in)
     if not places: return {}
-    if not seen: return {"linears": 0 if said.linears or not torch.cuda.is_available() else ON_CUDA}
+    if not seen: return {"linears": 0 if answer.linears or not torch.cuda.is_available() else ON_CUDA}
     errors = linear_errors(model, seen, *structure, served_in)
-    least = max(LINEAR_BOUNDS[kind][said.dtype] for kind in activation_types(config))
-    return {**judge_linears(errors, bare, least, SHARE[said.dtype]), **({"not_compared": len(left)} if left else {})}
+    least = max(LINEAR_BOUNDS[kind][answer.dtype] for kind in activation_types(config))
+    return {**judge_linears(errors, bare, least, SHARE[answer.dtype]), **({"not_compared": len(left)} if left else {})}
 
 ON_CUDA = "not compared one by one on CUDA"
 
 # %% ../../nbs/evaluation/served_check.ipynb #f1be39eb
 def dropped_scales(config: dict,  # an export's config.json
-                   said: Answer,  # vLLM's
+                   answer: Answer,  # vLLM's
                    ) -> dict:
     "What to report about static scales that the kernel does not use."
     static = any(scheme.get("activations", {}).get("dynamic") is False for scheme in schemes_of(config)
                  if scheme.get("activations"))
-    without = sum(PER_TOKEN in kernel for kernel in said.kernels.values())
+    without = sum(PER_TOKEN in kernel for kernel in answer.kernels.values())
     if not static or not without: return {}
-    return {"static_scales": f"not served in {without} of {len(said.kernels)} Linears: on this CPU {PER_TOKEN} rounds "
+    return {"static_scales": f"not served in {without} of {len(answer.kernels)} Linears: on this CPU {PER_TOKEN} rounds "
                              "each token by its own maximum"}
 
 # %% ../../nbs/evaluation/served_check.ipynb #9451aa02
 def compare(export: Path,              # an export, or a plain checkpoint
             prompts: list[list[int]],  # token ids that were forced
-            said: Answer,              # vLLM's
+            answer: Answer,              # vLLM's
             bound: float | None = None,  # on the mean KL; from the reference's own noise when not given
             ) -> dict:                 # figures
     "vLLM's answer beside the reference as that machine computes it."
-    config, served_in = read_json(Path(export)/"config.json"), getattr(torch, said.dtype)
+    config, served_in = read_json(Path(export)/"config.json"), getattr(torch, answer.dtype)
     model = load(export, torch.float32, "cuda" if torch.cuda.is_available() else "cpu", served_in, activations=False)
-    linears = compare_linears(model, export, config, said)
+    linears = compare_linears(model, export, config, answer)
     logits = forced_logits(model, prompts)
-    least, noise = bound_with_noise(config, model, logits, prompts, said.dtype)
-    judged = judged_positions(model, logits, prompts, served_in, max(least, 2e-3 if said.dtype == "bfloat16" else 0))
-    if said.dtype == "bfloat16":
+    least, noise = bound_with_noise(config, model, logits, prompts, answer.dtype)
+    judged = judged_positions(model, logits, prompts, served_in, max(least, 2e-3 if answer.dtype == "bfloat16" else 0))
+    if answer.dtype == "bfloat16":
         noise["own_bfloat16_noise"] = bfloat16_noise_(model, logits, prompts, judged)
         least = max(least, 3 * noise["own_bfloat16_noise"])
     least = float(f"{least:.3g}")
-    return {**summary(*divergences(logits, said), judged, least if bound is None else bound), **noise, **linears}
+    return {**summary(*divergences(logits, answer), judged, least if bound is None else bound), **noise, **linears}
 
 # %% ../../nbs/evaluation/served_check.ipynb #745e9c85
 def objection(figures: dict,  # from `compare`
@@ -168,9 +168,9 @@ def server_default(export: Path,              # folder
     if default.error: return {"server_default": f"not measured: {refusal(default, export, 'the export')}"}
     if not any(W4A8_PRODUCT in kernel for kernel in default.kernels.values()): return {}
     logits = forced_logits(load(export, torch.float32, "cpu", torch.bfloat16), prompts)
-    def cost(said):
-        if said.error: return f"not measured: {refusal(said, export, 'the export')}"
-        return float(f"{divergences(logits, said)[0].mean().item():.3g}")
+    def cost(answer):
+        if answer.error: return f"not measured: {refusal(answer, export, 'the export')}"
+        return float(f"{divergences(logits, answer)[0].mean().item():.3g}")
     costs = {"mean_kl": cost(default), "mean_kl_with_float_activations": cost(off)}
     return {"server_default": {"dtype": default.dtype, "activations": f"8 bits per token, for {W4A8} is 1", **costs}}
 
@@ -192,10 +192,10 @@ def serve_reference(reference: str | Path,     # MODEL
     with closing(open_checkpoint(reference)) as source:
         folder = source.with_weights()  # of a GGUF or float8 codes, what the export was made from
         answers = ask_vllm_many([Job(str(folder), prompts, dtype, sample=1) for dtype in SERVED_DTYPES], stock)
-        def wrong(dtype, said):
-            if said.error: return refusal(said, folder, "the reference")
-            return objection(compare(folder, prompts, said), dtype)
-        return {dtype: wrong(dtype, said) for dtype, said in zip(SERVED_DTYPES, answers, strict=True)}
+        def wrong(dtype, answer):
+            if answer.error: return refusal(answer, folder, "the reference")
+            return objection(compare(folder, prompts, answer), dtype)
+        return {dtype: wrong(dtype, answer) for dtype, answer in zip(SERVED_DTYPES, answers, strict=True)}
 
 # %% ../../nbs/evaluation/served_check.ipynb #7a5ea25d
 def find_cause(problem: str,      # with the export
@@ -221,18 +221,18 @@ def attempt(export: Path,                 # folder
     config = read_json(Path(export)/"config.json")
     jobs = questions(export, config, prompts, dtype, quantization)
     answers, served_by = serve(jobs, stock)
-    said = answers[0]
-    if said.error:
-        return {"loaded": served_by, "dtype": said.dtype or jobs[0].dtype}, refusal(said, export, "the export")
-    figures = compare(export, prompts, said, bound)
+    answer = answers[0]
+    if answer.error:
+        return {"loaded": served_by, "dtype": answer.dtype or jobs[0].dtype}, refusal(answer, export, "the export")
+    figures = compare(export, prompts, answer, bound)
     about = {"loaded": served_by, "version": version("vllm"), "device": "cuda" if torch.cuda.is_available() else "cpu",
-             "dtype": said.dtype, "kernels": dict(Counter(said.kernels.values())), "attention": said.attention}
-    problem = objection(figures, said.dtype)
+             "dtype": answer.dtype, "kernels": dict(Counter(answer.kernels.values())), "attention": answer.attention}
+    problem = objection(figures, answer.dtype)
     if problem == UNSEEN: raise VerificationError(f"not verified: {UNSEEN}")
-    more = {} if problem else {**dropped_scales(config, said), **server_default(export, prompts, answers)}
+    more = {} if problem else {**dropped_scales(config, answer), **server_default(export, prompts, answers)}
     warn_of_default(more.get("server_default"), figures)
     if figures.get("worst_linear"): del figures["worst_linear"]
-    return {**about, **figures, **more, "text": said.text}, problem
+    return {**about, **figures, **more, "text": answer.text}, problem
 
 # %% ../../nbs/evaluation/served_check.ipynb #ca9afc14
 def check_vllm(export: Path,                 # folder

@@ -98,11 +98,11 @@ def _rounded_out(dtype, module, inputs, output): return output.to(dtype).to(outp
 
 # %% ../../nbs/evaluation/served_linears.ipynb #9b324a2d
 def token_error(ours: torch.Tensor,  # [tokens, out_features]
-                said: torch.Tensor,  # the same
+                served: torch.Tensor,  # the same
                 ) -> float:
     "The mean over tokens of the relative distance."
     size = ours.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
-    return float(((ours - said).norm(dim=-1) / size).mean())
+    return float(((ours - served).norm(dim=-1) / size).mean())
 
 # %% ../../nbs/evaluation/served_linears.ipynb #3827893f
 @torch.no_grad()
@@ -116,9 +116,9 @@ def linear_errors(model,              # the reference in float32, its inputs qua
     modules = {place(name): module for name, module in model.named_modules()}
     errors, device = {}, next(model.parameters()).device
     for name, pair in linears.items():
-        x, said = map(torch.as_tensor, pair)
+        x, served = map(torch.as_tensor, pair)
         each = [modules[part](x.to(device)).cpu() for part in fused_parts(name, parts)]
         ours = torch.cat(each, -1).to(served_in).float()
         if name in heads: ours = ours.view(len(x), heads[name], 3, -1).transpose(1, 2).flatten(1)
-        errors[name] = token_error(ours, said)
+        errors[name] = token_error(ours, served)
     return errors

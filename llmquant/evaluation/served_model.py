@@ -86,10 +86,10 @@ def forced_logits(model,                     # a transformers model
 
 # %% ../../nbs/evaluation/served_model.ipynb #315aed8d
 def divergences(logits: list[torch.Tensor],  # of the reference, from `forced_logits`
-                said: Answer,                # vLLM's
+                answer: Answer,                # vLLM's
                 ) -> tuple[torch.Tensor, torch.Tensor]:  # [positions] float64 KL, [positions] bool same top token
     "The KL divergence KL(reference || vLLM), and agreement, at all positions."
-    answers = zip(map(torch.from_numpy, said.ids), map(torch.from_numpy, said.logprobs), strict=True)
+    answers = zip(map(torch.from_numpy, answer.ids), map(torch.from_numpy, answer.logprobs), strict=True)
     tables = [(own, ids, logprobs) for own, (ids, logprobs) in zip(logits, answers, strict=True)]
     same = [own.argmax(-1) == ids[:, 0] for own, ids, _ in tables]
     return torch.cat([kl_topk(*table) for table in tables]), torch.cat(same)

@@ -216,11 +216,11 @@ def reason(path: str | Path,  # a checkpoint folder
            error: Exception,  # that vLLM raised
            ) -> str:
     "Why vLLM refuses a checkpoint."
-    said = f"{type(error).__name__}: {message(error)}"
-    if "failed to be inspected" not in said: return said
+    reason = f"{type(error).__name__}: {message(error)}"
+    if "failed to be inspected" not in reason: return reason
     from vllm.model_executor.models.registry import ModelRegistry
     config = json.loads((Path(path)/"config.json").read_text(encoding="utf-8"))
-    return not_imported(config.get("architectures") or [], ModelRegistry.models) or said
+    return not_imported(config.get("architectures") or [], ModelRegistry.models) or reason
 
 # %% ../../nbs/evaluation/vllm_check.ipynb #a61f26ee
 def answer(job: Job,  # what is asked
@@ -235,27 +235,27 @@ def answer(job: Job,  # what is asked
         loading(job.dtype)
         engine = load_engine(job)
     except REFUSALS as error: return Answer(error=reason(job.path, error), dtype=job.dtype)
-    try: said = ask(engine, job)
+    try: reply = ask(engine, job)
     finally:
         engine.llm_engine.engine_core.shutdown()
         del engine
         gc.collect()
-    return Answer(**{**vars(said), "seconds": perf_counter() - start})
+    return Answer(**{**vars(reply), "seconds": perf_counter() - start})
 
 # %% ../../nbs/evaluation/vllm_check.ipynb #7706910b
 ARRAYS = ("ids", "logprobs", "actual")  # of an answer, one array for each prompt
 
 def save_answer(
-    said: Answer,  # to a job
+    reply: Answer,  # to a job
     folder: Path,  # that parent and child share
     number: int,  # of the job
 ):
     "Write one answer; its `.json` comes last, so an answer with a `.json` is whole."
-    arrays = {f"{kind}{i}": array for kind in ARRAYS for i, array in enumerate(getattr(said, kind))}
-    arrays |= {f"{name}.{end}": array for name, pair in said.linears.items() for end, array in zip("xy", pair)}
+    arrays = {f"{kind}{i}": array for kind in ARRAYS for i, array in enumerate(getattr(reply, kind))}
+    arrays |= {f"{name}.{end}": array for name, pair in reply.linears.items() for end, array in zip("xy", pair)}
     np.savez(folder/f"{number}.npz", **arrays)
-    rest = {name: value for name, value in vars(said).items() if name not in ARRAYS}
-    described = {**rest, "prompts": len(said.ids), "linears": list(said.linears)}
+    rest = {name: value for name, value in vars(reply).items() if name not in ARRAYS}
+    described = {**rest, "prompts": len(reply.ids), "linears": list(reply.linears)}
     (folder/f"{number}.json").write_text(json.dumps(described), encoding="utf-8")
 
 # %% ../../nbs/evaluation/vllm_check.ipynb #e3989829
@@ -368,6 +368,6 @@ def ask_vllm(path: str | Path,                # a checkpoint folder
              sample: int = 24,                # greedy tokens
              ) -> Answer:
     "What a real vLLM answers for one checkpoint; `LLMQuantError` with its own words when it refuses."
-    said, = ask_vllm_many([Job(str(path), prompts, dtype, quantization, top, sample)], stock)
-    if said.error: raise LLMQuantError(f"vLLM cannot serve {Path(path).name}: {said.error}")
-    return said
+    reply, = ask_vllm_many([Job(str(path), prompts, dtype, quantization, top, sample)], stock)
+    if reply.error: raise LLMQuantError(f"vLLM cannot serve {Path(path).name}: {reply.error}")
+    return reply
