@@ -263,7 +263,7 @@ def quiet_libraries():
     import datasets
     from transformers.utils import logging as shown
     verbose = logging.getLogger("llmquant").isEnabledFor(logging.DEBUG)
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "transformers", "datasets", "accelerate")]
+    loggers = list(map(logging.getLogger, ("lm_eval", "transformers", "datasets", "accelerate", "huggingface_hub")))
     levels = [each.level for each in loggers]
     bars = not datasets.are_progress_bars_disabled(), shown.is_progress_bar_enabled()
     if not verbose:
