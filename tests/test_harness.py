@@ -56,7 +56,8 @@ def write_tasks(folder):
         (folder/f"{name}.yaml").write_text(SUMS.format(name=name))
         (folder/f"{name}.jsonl").write_text(lines(rows))
     (folder/"words.yaml").write_text(WORDS)
-    (folder/"words.jsonl").write_text(lines({"start": f"number {a} comes before", "last": str(a + 1)} for a in range(12)))
+    rows = [{"start": f"number {a} comes before", "last": str(a + 1)} for a in range(12)]
+    (folder/"words.jsonl").write_text(lines(rows))
     return folder
 
 
@@ -172,7 +173,8 @@ def test_what_an_evaluation_adds_is_no_part_of_the_export(models, export):
 
 def test_the_bases_folder_is_never_written_to(models, export):
     before = sorted(models[0].rglob("*"))
-    with pytest.raises(UsageError, match="lies in the base model's folder"): ask(export, models, output=models[0]/"results")
+    with pytest.raises(UsageError, match="lies in the base model's folder"):
+        ask(export, models, output=models[0]/"results")
     ask(export, models)
     assert sorted(models[0].rglob("*")) == before
 
@@ -197,8 +199,65 @@ def test_an_answer_that_is_no_number_is_an_error(models, export):
     tensors = load_file(file)
     tensors["model.norm.weight"].fill_(float("nan"))
     save_file(tensors, file)
-    with pytest.raises(LLMQuantError, match="24 of 24 log-likelihoods of the export are no finite numbers"): ask(export, models)
+    with pytest.raises(LLMQuantError, match="24 of 24 log-likelihoods of the export are no finite numbers"):
+        ask(export, models)
     assert read_results(export) is None
+
+
+def test_perplexity_and_kl_divergence_on_a_text(models, export, tmp_path, capsys):
+    (tmp_path/"text.txt").write_text("A tiny model reads a text that it has never seen, again and again. " * 20)
+    command = ["evaluate", str(export), "--base", str(models[0]), "--tasks", "sums", "--task-folder", str(models[2]),
+               "--backend", "hf", "--text", str(tmp_path/"text.txt"), "--context", "64", "--stride", "32",
+               "--windows", "6"]
+    assert main([*command, "--gate", "perplexity_ratio<=100", "--gate", "kl<=0.0001"]) == 1
+    shown, results = capsys.readouterr(), read_results(export)
+    text = results["text"]
+    assert (text["name"], text["context"], text["stride"], text["windows"]) == ("text.txt", 64, 32, 6)
+    assert text["kl"]["mean"] > 0 and [verdict["passed"] for verdict in results["gates"]] == [True, False]
+    assert "text.txt, " in shown.out and "gate kl<=0.0001 failed" in shown.err
+    before = samples(export)
+    assert main(command) == 0 and samples(export) == before and read_results(export)["text"] == text
+
+
+def test_the_offline_tasks_are_the_default(models, export):
+    results = evaluate(export, models[0], backend="hf", limit=2)
+    assert set(results["tasks"]) == {"llmquant_agreement", "llmquant_knowledge"}
+    assert results["requests"]["notes"][0].startswith("requests start without BOS <s> (id 1)")
+
+
+def test_bos_and_template_are_applied_once_and_named(models, tmp_path):
+    "A tokenizer that adds BOS, and a template that writes it."
+    from tokenizers import processors
+    from transformers import AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(models[0])
+    adding = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.backend_tokenizer.post_processor = adding
+    tokenizer.chat_template = "<s>{% for message in messages %}[{{ message['content'] }}]{% endfor %}"
+    base, export = (shutil.copytree(path, tmp_path/path.name) for path in models[:2])
+    for folder in base, export: tokenizer.save_pretrained(folder)
+    found = {template: evaluate(export, base, "sums", models[2], backend="hf", apply_chat_template=template)
+             for template in (False, True)}
+    for template, results in found.items():
+        first, notes = results["requests"]["hf"]["first_tokens"], results["requests"]["notes"]
+        assert first[:3] == (["<s>", "[", "0"] if template else ["<s>", "0", "\u0120"])
+        assert notes[0] == "requests start with BOS <s> (id 1) once, which the tokenizer adds by itself"
+        assert any("chat template, which was not applied" in note for note in notes) is not template
+
+
+def test_prompts_that_are_cut_are_named(models, export):
+    results = ask(export, models, "words", max_length=16)
+    assert any("words: 12 requests are longer than the engine takes and were cut" in note
+               for note in results["requests"]["notes"])
+
+
+def test_a_tokenizer_that_is_not_the_bases_is_named(models, export):
+    file = export/"tokenizer.json"
+    values = json.loads(file.read_text())
+    vocabulary = values["model"]["vocab"]
+    vocabulary["0"], vocabulary["9"] = vocabulary["9"], vocabulary["0"]
+    file.write_text(json.dumps(values))
+    notes = ask(export, models)["requests"]["notes"]
+    assert "the export's tokenizer is not the base's: the token ids of sums differ" in notes
 
 
 def test_answers_of_the_base_serve_several_exports(models, export, tmp_path):
@@ -227,6 +286,8 @@ BAD = {
     "--tasks sums --base /no/such/model": "--base /no/such/model: is no folder",
     "--tasks sums --task-folder /no/such/folder": "is no folder",
     "--tasks sums --output EXPORT/config.json": "is a file",
+    "--tasks sums --text no.txt": "no.txt",
+    "--tasks sums --text demo --stride 0": "--stride 0: must be a whole number",
     "--tasks sums --lmit 3": "did you mean '--limit'?",
 }
 
@@ -273,7 +334,8 @@ def test_without_lm_eval_or_vllm_the_message_says_how_to_install(models, export,
     with pytest.raises(UsageError, match=r"vLLM is not installed here; pip install 'llmquant\[vllm\]'"):
         ask(export, models, backend="vllm")
     monkeypatch.setattr(tasks, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"lm-eval is not installed here; pip install 'llmquant\[eval\]'"): ask(export, models)
+    with pytest.raises(UsageError, match=r"lm-eval is not installed here; pip install 'llmquant\[eval\]'"):
+        ask(export, models)
 
 
 def test_the_command_answers_without_lm_eval_or_torch():

@@ -255,11 +255,11 @@ def asked_text(
 ) -> dict | None:             # plain values
     "What is asked about a text; `UsageError` for a file that is no text."
     if text is None: return None
-    from llmquant.harness.text_metrics import text_of
+    from llmquant.harness.text_metrics import named_text
     file = None if str(text) == DEMO_TEXT else str(Path(text).expanduser().resolve())
     numbers = {"context": checked_number("context", context, 2), "stride": checked_number("stride", stride, 1),
                "windows": checked_number("windows", windows, 2)}
-    return {"text": file, **numbers, "digest": fingerprint(text_of(file)[1])}
+    return {"text": file, **numbers, "digest": fingerprint(named_text(file)[1])}
 
 def text_file(
     run: Prepared,  # with a text
