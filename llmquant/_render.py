@@ -1,5 +1,6 @@
 "How the API entries of the documentation look; named by `renderer` in settings.ini."
 import inspect
+from types import SimpleNamespace
 
 from fastcore.docments import docments
 from nbdev.showdoc import BasicMarkdownRenderer
@@ -15,6 +16,8 @@ class Table(BasicMarkdownRenderer):
             text = text.replace("(\n    *args, **kwargs\n):", "():")  # a constructor that is object's own
         rows = [row(name, p) for name, p in docments(self.sym, full=True, returns=True).items()
                 if name != "self" and p.anno is not inspect._empty]
+        rows += [row(name, SimpleNamespace(anno=field.annotation, default=field.default, docment=field.description))
+                 for name, field in getattr(self.sym, "model_fields", {}).items()]
         return text + "\n\n" + "\n".join(["| | Type | Default | |", "|---|---|---|---|", *rows]) if rows else text
 
 

@@ -19,6 +19,7 @@ from llmquant.calibration.data import as_calibration, load_calibration
 from llmquant.calibration.text import demo_text
 from llmquant.calibration.tokens import cut_windows, first_tokens, load_tokenizer
 from llmquant.core.errors import UsageError
+from llmquant.utils.config import resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 WIKITEXT = texts.find("wikitext2_valid.raw")
@@ -214,8 +215,8 @@ def test_bad_input_is_refused_in_one_sentence(folder, tmp_path):
         ((tmp_path / "empty.jsonl", 1, 2), "holds no text"), ((tmp_path / "zero.txt", 1, 2), "the file is empty"),
         ((tmp_path / "data.csv", 1, 2), "'.csv' is unknown"), ((tmp_path / "none.txt", 1, 2), "there is no such file"),
         ((tmp_path, 1, 2), "is a folder"), (("self", 1, 2), "needs the whole model"), ((None, 0, 2), "num_samples: 0"),
-        ((None, 1, 2.0), "max_length: 2.0"), (([], 1, 2), "empty list"), ((None, 1, 2, 1000), "vocab_size is 1000"),
-        (([{"dataset": "a", "weight": -1}], 1, 2), "use a number above 0")]
+        ((None, 1, 2.0), "max_length: 2.0"), (([], 1, 2), "calibration.dataset: the list is empty"), ((None, 1, 2, 1000), "vocab_size is 1000"),
+        (([{"dataset": "a", "weight": -1}], 1, 2), "calibration.dataset[0].weight: -1.0 must be above 0")]
     for (dataset, samples, length, *rest), says in cases:
         vocabulary, column = [*rest, None, None][:2]
         with pytest.raises(UsageError) as caught:
@@ -232,3 +233,18 @@ def test_a_chat_without_a_template_is_refused(tmp_path):
     save(tmp_path)
     with pytest.raises(UsageError, match="tokenizer has no chat template"):
         load_calibration(write(tmp_path / "chat.jsonl", [{"messages": TURNS}]), tmp_path, 259, 1, 8)
+
+
+@pytest.mark.parametrize(("parts", "said"), [
+    ([], ": the list is empty; name a dataset"), (["a.txt"], "[0]: 'a.txt' is str, must be a mapping such as {dataset"),
+    ([{"dataset": "a"}, {"weight": 1}], "[1].dataset: is missing"), ([{"dataset": "a", "weight": 0}], "[0].weight: 0.0 must be above 0"),
+    ([{"dataset": "a", "weight": float("nan")}], "[0].weight: nan must be"), ([{"dataset": "a", "weight": True}], "[0].weight: True is bool"),
+    ([{"dataset": "a", "weight": "2"}], "[0].weight: '2' is str, must be float"), ([{"dataset": 3}], "[0].dataset: 3 is int"),
+    ([{"dataset": "a", "wieght": 1}], "[0].wieght: unknown option; known: dataset, weight, column; did you mean 'weight'?"),
+    ([{"dataset": "a"}, {"dataset": "a"}], "[1]: names a a second time; name it once, with the sum of the weights")])
+def test_a_wrong_mixture_is_refused_with_one_sentence(parts, said, folder):
+    "By a recipe and by the function that reads the data."
+    with pytest.raises(UsageError) as recipe: resolve(config={"calibration": {"dataset": parts}})
+    with pytest.raises(UsageError) as memory: load_calibration(parts, folder, VOCABULARY, 1, 2)
+    assert str(recipe.value) == str(memory.value)
+    assert str(recipe.value).startswith(f"calibration.dataset{said}")

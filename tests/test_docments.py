@@ -34,12 +34,17 @@ def undescribed(source):
     def bare(node):
         return comments.isdisjoint(range(node.lineno, node.end_lineno + 1))
 
+    def helped(field):
+        return isinstance(field.value, ast.Call) and any(
+            isinstance(a, ast.Constant) and isinstance(a.value, str) and a.value
+            for a in [*field.value.args[1:2], *(k.value for k in field.value.keywords if k.arg == "description")])
+
     def look(body, above=""):
         for node in body:
             name = f"{above}{getattr(node, 'name', '')}"
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 found.extend([name] if not ast.get_docstring(node) else [])
-                found.extend(f"{name}.{f.target.id}" for f in node.body if isinstance(f, ast.AnnAssign) and bare(f))
+                found.extend(f"{name}.{f.target.id}" for f in node.body if isinstance(f, ast.AnnAssign) and bare(f) and not helped(f))
                 look(node.body, f"{name}.")
             elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 own = node.name == "__init__"  # its class has the docstring

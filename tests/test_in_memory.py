@@ -127,7 +127,10 @@ ODD = [{"model": {"device_map": "banana"}}, {"model": {"trust_remote_code": 1}},
        {"quantization": {"gptq": {"dampening": 1}}}, {"quantization": {"smooth_quant": {"alpha": 1.5}}},
        {"quantization": {"hqq": [1]}}, {"quantization": {"minmax": {"symmetric": "no"}}},
        {"quantization": {"symetric": True}}, {"quantization": [4]}, {"quantization": {"overrides": "all"}},
-       {"quantisation": {"bits": 4}, "quantization": {}}]
+       {"quantisation": {"bits": 4}, "quantization": {}}, {"quantization": {"bits": True}}, {"quantization": {"bits": 4.0}},
+       {"quantization": {"seed": -1}}, {"quantization": {"activations": {"bits": 9}}}, {"calibration": {"num_samples": "4"}},
+       {"quantization": {"overrides": [{"match": ".*", "bits": "4"}]}}, {"calibration": {"dataset": [{"dataset": "a", "wait": 1}]}},
+       {"calibration": {"dataset": [{"dataset": "a", "weight": 0}]}}]
 
 
 def from_file(config, folder, model=None):
@@ -360,3 +363,26 @@ def test_a_suppressor_of_the_model_that_edits_blocks_is_refused_when_it_is_regis
     kind = type("Odd", (BaseOutlierSuppressor,), {"scope": "model", "apply_to_pair": lambda self, pair, view: None})
     with pytest.raises(UsageError, match="Odd has scope 'model' and defines neither transform nor apply"):
         OutlierSuppressionRegistry.register("odd", kind)
+
+
+class Drawing(BaseQuantizer):
+    "Moves weights by numbers of torch's own generator before it rounds them."
+    def quantize_weight(self, weight, stats, scheme): return round_to_grid(weight + .1 * torch.rand_like(weight), scheme)
+
+
+def test_both_entry_points_seed_torchs_own_generator(tmp_path):
+    "The same codes for the same seed, whatever was drawn before, and others for another."
+    from transformers import AutoModelForCausalLM
+    QuantizerRegistry.register("drawing", Drawing)
+    try:
+        tiny.make("llama", tmp_path / "base")
+        report = quantize(tmp_path / "base", tmp_path / "out", method="drawing", bits=4, group_size=32, seed=7)
+
+        def in_memory(seed):
+            torch.rand(seed)
+            model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="auto")
+            found = QuantizerRegistry.get("drawing")().quantize(model, 4, 32, config={"quantization": {"seed": seed}})
+            return {name: m.quantized_weight().digest() for name, m in linears(found).items()}
+        assert in_memory(7) == report["proof"]["digests"]
+        assert not set(in_memory(8).values()) & set(report["proof"]["digests"].values())
+    finally: QuantizerRegistry._registry.classes.pop("drawing")

@@ -9,22 +9,44 @@ __all__ = ['Override', 'read_overrides', 'speaking', 'overridden_scheme', 'check
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Annotated, Any
+from pydantic import AfterValidator, PlainValidator
 from .activation_options import ActivationScheme, read_activations
 from .errors import UsageError, closest
-from .options import SYMMETRIC, Option, parse_options
+from .options import SYMMETRIC, Section, key
 
 # %% ../../nbs/core/overrides.ipynb #fa703014
-@dataclass(frozen=True)
-class Override:
+def _pattern(match:str) -> str:
+    "A regular expression, as given."
+    try: re.compile(match)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"'{match}' is no regular expression ({error}); correct it") from None
+    return match
+
+def _activations(value:Any) -> ActivationScheme|bool:
+    "A scheme, or False for none."
+    return value is not False and read_activations(value) or False
+
+class Override(Section):
     "What the layers that a pattern matches get instead of the recipe's scheme; None is the recipe's value."
-    match: str                  # Regular expression for the whole module name
-    bits: int|None = None       # Width; 16 leaves the layers in float
-    group_size: int|None = None # -1 channel, 0 no groups, else columns per scale
-    symmetric: bool|None = None # Whether zero lies in the middle
-    skip: bool|None = None      # True leaves the layers in float; false takes back an earlier match
-    activations: ActivationScheme|bool|None = None # Activation quantization of the layers' inputs; False for none
+    example = r"{match: '.*\.down_proj', bits: 8}"
+    match: Annotated[str, AfterValidator(_pattern)] = key("", "regular expression for the whole module name")
+    bits: int|None = key(None, "width; 16 leaves the layers in float")
+    group_size: int|None = key(None, "-1 channel, 0 no groups, else columns per scale", ge=-1)
+    symmetric: bool|None = key(None, "whether zero lies in the middle", aliases=SYMMETRIC.aliases, negations=SYMMETRIC.negations)
+    skip: bool|None = key(None, "true leaves the layers in float; false takes back an earlier match")
+    activations: Annotated[ActivationScheme|bool|None, PlainValidator(_activations)] = key(
+        None, "activation quantization of the layers' inputs; False for none")
+
+    def objection(self) -> str:
+        "What is missing, or does not go together."
+        if not self.match: return ".match is missing; give a regular expression for module names"
+        if len(self.to_dict()) == 1:
+            return ": names layers and sets nothing for them; add bits, group_size, symmetric, activations or skip"
+        if self.skip and len(self.to_dict()) > 2:
+            return ": skip leaves its layers in float, so they have no scheme; remove the other keys or skip"
+        return ""
 
     @property
     def in_float(self) -> bool:
@@ -40,49 +62,19 @@ class Override:
     def to_dict(self) -> dict[str, Any]:
         "What was given, as plain values."
         own = self.activations.to_keys() if self.activations else 16 if self.activations is False else None
-        return {key: value for key, value in {**asdict(self), "activations": own}.items() if value is not None}
-
-# %% ../../nbs/core/overrides.ipynb #853334bd
-_KEYS = (Option("match", str, None), Option("bits", int, None), Option("group_size", int, None, minimum=-1),
-         replace(SYMMETRIC, default=None), Option("activations", int, None), Option("skip", bool, None))
-
-def _read_override(
-    given:Any,   # A mapping
-    where:str,   # Such as quantization.overrides[2]
-) -> Override:
-    "Check one entry."
-    if isinstance(given, Override): return given
-    if not isinstance(given, Mapping):
-        raise UsageError(f"{where}: {given!r} is {type(given).__name__}, must be a mapping such as "
-                         r"{match: '.*\.down_proj', bits: 8}")
-    own = {}
-    if "activations" in given:
-        own = {"activations": read_activations(given["activations"], f"{where}.activations") or False}
-        given = {key: value for key, value in given.items() if key != "activations"}
-    override = Override(**(parse_options(_KEYS, given, where) | own))
-    if not override.match: raise UsageError(f"{where}.match is missing; give a regular expression for module names")
-    try: re.compile(override.match)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise UsageError(f"{where}.match: '{override.match}' is no regular expression ({error}); correct it") from None
-    if len(override.to_dict()) == 1:
-        raise UsageError(f"{where}: names layers and sets nothing for them; add bits, group_size, symmetric, "
-                         "activations or skip")
-    if override.skip and len(override.to_dict()) > 2:
-        raise UsageError(f"{where}: skip leaves its layers in float, so they have no scheme; remove the other keys "
-                         "or skip")
-    return override
+        return {key: value for key, value in (vars(self) | {"activations": own}).items() if value is not None}
 
 # %% ../../nbs/core/overrides.ipynb #0fab14e2
 def read_overrides(
     value:Any,               # A list of mappings, or of `Override`s; None for none
-    where:str="overrides",   # The key, for messages
+    where:str="",            # The key, for messages
 ) -> tuple[Override, ...]:   # In the order given
     "Check the list; `UsageError` names the entry and the key."
     if value is None: return ()
     if not isinstance(value, (list, tuple)):
         raise UsageError(f"{where}: {value!r} is {type(value).__name__}, must be a list of mappings such as "
-                         r"[{match: '.*\.down_proj', bits: 8}]")
-    return tuple(_read_override(item, f"{where}[{i}]") for i, item in enumerate(value))
+                         f"[{Override.example}]")
+    return tuple(Override.read(item, f"{where}[{i}]") for i, item in enumerate(value))
 
 # %% ../../nbs/core/overrides.ipynb #56dac9f8
 def speaking(

@@ -8,7 +8,7 @@ __all__ = ['DTYPES', 'GRANULARITIES', 'RANGE_RULES', 'WIDTHS', 'dtype_name', 'Qu
 
 # %% ../../nbs/core/scheme.ipynb #4725ec03
 import torch
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fastcore.basics import patch
 from .activation_options import TYPES, ActivationScheme
 from .errors import UsageError, closest
@@ -149,7 +149,8 @@ def scheme_for(
 @patch
 def to_dict(self:QuantScheme) -> dict: # Plain values only
     "For JSON and YAML."
-    values = asdict(self) | {"scale_dtype": dtype_name(self.scale_dtype)}
+    values = vars(self) | {"scale_dtype": dtype_name(self.scale_dtype),
+                           "activations": self.activations and self.activations.to_dict()}
     unsaid = {"float_zeros": False, "type": "int", "activations": None}
     return {key: value for key, value in values.items() if key not in unsaid or value != unsaid[key]}
 

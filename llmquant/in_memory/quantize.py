@@ -59,6 +59,7 @@ def quantize_by(
     calibration_data:Any, # What the call was given
 ):                        # The same model
     "Quantize a model in memory as a recipe says; all that can be refused is refused before anything is edited."
+    torch.manual_seed(recipe.seed)
     quantizer.activations = recipe.activations
     quantizer.configure(recipe.options)
     suppressors = make_suppressors(recipe)

@@ -9,16 +9,16 @@ __all__ = ['logger', 'component_options', 'static_ranges', 'configured_suppresso
 # %% ../../nbs/utils/config.ipynb #c1313836
 import logging, re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from pydantic import Field
 from ..core.errors import UsageError
 from ..core.options import Option, parse_options
 from ..core.overrides import Override
 from ..core.activation_options import ActivationScheme
 from ..core.outlier_suppression_registry import OutlierSuppressionRegistry
 from ..core.quantizer_registry import BaseQuantizer, QuantizerRegistry
-from .recipe_keys import BY_NAME, BY_PATH, KEYS
+from .recipe_keys import BY_NAME, BY_PATH, KEYS, CommandLineKeys, ModelKeys, OutputKeys, QuantizationKeys
 from .settings import (Setting, argument_settings, document_settings, merge_activations, recipe_of_report,
                                      unknown_key)
 from .yaml_file import read_yaml
@@ -306,39 +306,12 @@ def _check_paths(
         raise UsageError(f"output_path {output} holds the model itself; choose a folder beside it")
 
 # %% ../../nbs/utils/config.ipynb #df93bd18
-@dataclass(frozen=True)
-class Recipe:
+class Recipe(OutputKeys, ModelKeys, QuantizationKeys, CommandLineKeys):
     "Everything a run was told, checked; `resolve` makes it."
-    model_path: str|None                  # Checkpoint folder, GGUF file or hub name
-    output_path: str|None                 # Folder to write
-    verbose: bool                         # Debug logging
-    method: str                           # A registered quantizer
-    bits: int                             # One that the quantizer supports, or 16
-    group_size: int                       # -1 one scale per channel, 0 no groups, else columns per group
-    layer_wise: bool                      # Only the decoder layers in `layers`, all when None
-    layers: tuple[int, ...]|None          # Decoder layers, sorted
-    overrides: tuple[Override, ...]       # Layers on another grid or in float, in order
-    activations: ActivationScheme|None    # Grid of what the layers read
-    outlier_suppression: tuple[str, ...]  # Registered suppressors, in order
-    seed: int                             # Of everything random
-    trust_remote_code: bool               # Run code from the checkpoint
-    device_map: str                       # auto, cpu, cuda or cuda:N
-    torch_dtype: str                      # auto, float16, bfloat16 or float32
-    max_memory: int|None                  # Bytes that a run may use
-    calibration: dict[str, Any]           # dataset, column, num_samples, batch_size, max_length, seed
-    save_format: str                      # safetensors
-    save_quantization_config: bool        # True
-    format: str                           # auto or a registered format
-    container: str                        # auto, dense or int4
-    max_shard_size: int                   # Bytes
-    verify: bool                          # Verify the export
-    report: bool                          # Write report.html and the model card
-    overwrite: bool                       # Replace an output that exists
-    resume: bool                          # Resume a run that was stopped
-    quiet: bool                           # No progress, no summary
-    options: dict[str, Any]               # The method's options, all of them
-    suppressor_options: dict[str, Any]    # The suppressors', as NAME.OPTION
-    origins: dict[str, str]               # For each key (options.NAME for an option): where its value came from
+    calibration: dict[str, Any] = Field(description="dataset, column, num_samples, batch_size, max_length, seed")
+    options: dict[str, Any] = Field(description="the method's options, all of them")
+    suppressor_options: dict[str, Any] = Field(description="the suppressors', as NAME.OPTION")
+    origins: dict[str, str] = Field(description="for each key (options.NAME for an option): where its value came from")
 
 # %% ../../nbs/utils/config.ipynb #0ff8a202
 def recipe_to_dict(
@@ -410,4 +383,4 @@ def _resolve(given:Sequence[Setting], origin:str, quantizer:BaseQuantizer|None) 
     origins |= {f"options.{o}": implied.get(f"options.{o}", said(values["method"], o)) for o in options}
     origins |= {f"suppressor_options.{path}": said(*path.split(".")) for path in theirs}
     calibration = {name.partition(".")[2]: values.pop(name) for name in list(values) if name.startswith("calibration.")}
-    return Recipe(**values, calibration=calibration, options=options, suppressor_options=theirs, origins=origins)
+    return Recipe.model_construct(**values, calibration=calibration, options=options, suppressor_options=theirs, origins=origins)
