@@ -22,7 +22,7 @@ from torch import nn
 import llmquant
 from llmquant.core.errors import VerificationError
 from llmquant.core.format_registry import FormatRegistry
-from llmquant.core.qtensor import round_to_grid
+from llmquant.core.qtensor import round_to_nearest
 from llmquant.core.scheme import QuantScheme
 from llmquant.core.statistics import LayerStats
 from llmquant.evaluation import verification, served_check, served_model
@@ -81,7 +81,7 @@ def write(base, target, main, down=None):
     stats, weights = measured(model, names), {}
     tensors = {n: t.float() for n, t in load_file(base/shard).items()}
     for name in names:
-        weight = round_to_grid(tensors.pop(f"{name}.weight"), overrides.get(name, main))
+        weight = round_to_nearest(tensors.pop(f"{name}.weight"), overrides.get(name, main))
         weights[name] = on_inputs(weight, stats[name])
         assert packing.objection(weight.scheme, *weight.codes.shape) == ""
         tensors |= packing.pack(name, weights[name])
@@ -92,7 +92,7 @@ def write(base, target, main, down=None):
     (target/"config.json").write_text(json.dumps(config))
     layers = {n: {"shape": list(w.codes.shape), "scheme": str(w.scheme)} for n, w in weights.items()}
     report = {"scheme": main.to_dict(), "method": "minmax", "layers": layers,
-              "proof": {"digests": {n: w.digest() for n, w in weights.items()}, "promises_step": main.type == "int"}}
+              "verification": {"digests": {n: w.digest() for n, w in weights.items()}, "within_one_step": main.type == "int"}}
     (target/"quantization_report.yaml").write_text(yaml.safe_dump(report))
     return weights
 
@@ -264,7 +264,7 @@ def operations(tmp_path_factory):
     x[:, 3] *= 40
     x[100:200] += x[100:200].abs().amax(1, keepdim=True) * 2     # ranges that do not hold zero
     x[399], x[398] = 0, 3.
-    weight = round_to_grid(torch.randn(64, 512, generator=generator), grid(DYNAMIC))
+    weight = round_to_nearest(torch.randn(64, 512, generator=generator), grid(DYNAMIC))
     given = {"x": x, "weight": (weight.codes ^ 128).view(torch.int8), "scales": weight.scales}
     stats = LayerStats()
     stats.add(x[150:260], ("range",))

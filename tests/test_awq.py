@@ -7,7 +7,7 @@ import torch
 
 from llmquant.core.errors import UsageError
 from llmquant.core.model_registry import ModelRegistry
-from llmquant.core.qtensor import round_to_grid
+from llmquant.core.qtensor import round_to_nearest
 from llmquant.core.smoothing import SmoothingPair, fold
 from llmquant.plan.plan import make_plan
 from llmquant.quantizers.awq_quantizer import AWQQuantizer
@@ -93,7 +93,7 @@ def test_output_error_below_plain_rounding(symmetric):
     plain = {}
     for name, plan in view.plans.items():
         w, h = view.module(name).weight, view.stats[name].hessian
-        moved = round_to_grid(w, plan.scheme).dequantize() - w
+        moved = round_to_nearest(w, plan.scheme).dequantize() - w
         plain[name] = float(((moved @ h) * moved).sum() / ((w @ h) * w).sum())**.5
     loop.blocks.empty()
     found, _ = loop.quantize_block(0, loop.blocks.load(0), dict(view.plans), view.pairs)

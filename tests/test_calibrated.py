@@ -44,7 +44,7 @@ def checkpoints(tmp_path_factory):
 
 def digests(export: Path) -> dict:
     "What each layer's codes, scales and zeros came to."
-    return yaml.safe_load((export / "quantization_report.yaml").read_text())["proof"]["digests"]
+    return yaml.safe_load((export / "quantization_report.yaml").read_text())["verification"]["digests"]
 
 
 def bytes_of(export: Path) -> dict:

@@ -9,7 +9,7 @@ from llmquant.core.errors import UsageError
 from llmquant.core.model_registry import ModelRegistry
 from llmquant.core.options import Option
 from llmquant.core.outlier_suppression_registry import BaseOutlierSuppressor, OutlierSuppressionRegistry
-from llmquant.core.qtensor import QuantizedWeight, round_to_grid
+from llmquant.core.qtensor import QuantizedWeight, round_to_nearest
 from llmquant.core.quantizer_registry import BaseQuantizer, QuantizerRegistry
 from llmquant.core.smoothing import SmoothingPair
 from llmquant.evaluation.check_components import LLAMA_64, check_adapter, check_quantizer, check_suppressor
@@ -40,7 +40,7 @@ def test_built_in_adapters_pass(kind):
 
 class Nearest(BaseQuantizer):
     name = "nearest"
-    def quantize_weight(self, weight, stats, scheme): return round_to_grid(weight, scheme)
+    def quantize_weight(self, weight, stats, scheme): return round_to_nearest(weight, scheme)
 
 
 class Nameless(Nearest): name = ""
@@ -65,12 +65,12 @@ class AsksTooMuch(Nearest):
 
 class AsksTooLittle(Nearest):
     def needed_statistics(self): return ("maxima",)
-    def quantize_weight(self, weight, stats, scheme): return round_to_grid(weight + 0 * stats.hessian.sum(), scheme)
+    def quantize_weight(self, weight, stats, scheme): return round_to_nearest(weight + 0 * stats.hessian.sum(), scheme)
 
 
 class OffGrid(Nearest):
     def quantize_weight(self, weight, stats, scheme):
-        found = round_to_grid(weight, scheme)
+        found = round_to_nearest(weight, scheme)
         return QuantizedWeight(found.codes + (scheme.qmax + 1) % 256, found.scales, found.zeros, scheme)
 
 
@@ -81,36 +81,36 @@ class OneDtype(Nearest):
 
 
 class InPlace(Nearest):
-    def quantize_weight(self, weight, stats, scheme): return round_to_grid(weight.mul_(.99), scheme)
+    def quantize_weight(self, weight, stats, scheme): return round_to_nearest(weight.mul_(.99), scheme)
 
 
 class Random(Nearest):
-    def quantize_weight(self, weight, stats, scheme): return round_to_grid(weight + .01 * torch.randn(weight.shape), scheme)
+    def quantize_weight(self, weight, stats, scheme): return round_to_nearest(weight + .01 * torch.randn(weight.shape), scheme)
 
 
 class NoZeros(Nearest):
-    def quantize_weight(self, weight, stats, scheme): return round_to_grid(weight * (weight.abs().max() / weight.abs().max()), scheme)
+    def quantize_weight(self, weight, stats, scheme): return round_to_nearest(weight * (weight.abs().max() / weight.abs().max()), scheme)
 
 
 class Halved(Nearest):
-    def quantize_weight(self, weight, stats, scheme): return round_to_grid(weight / 2, scheme)
+    def quantize_weight(self, weight, stats, scheme): return round_to_nearest(weight / 2, scheme)
 
 
 class OverPromising(Nearest):
-    def promises_step(self, scheme): return True
-    def quantize_weight(self, weight, stats, scheme): return round_to_grid(weight * .95, scheme)
+    def within_one_step(self, scheme): return True
+    def quantize_weight(self, weight, stats, scheme): return round_to_nearest(weight * .95, scheme)
 
 
 class Entangled(Nearest):
     stacks_rows = True
-    def quantize_weight(self, weight, stats, scheme): return round_to_grid(weight + .05 * weight.mean(0), scheme)
+    def quantize_weight(self, weight, stats, scheme): return round_to_nearest(weight + .05 * weight.mean(0), scheme)
 
 
 class Remembering(Nearest):
     calls = 0
     def quantize_weight(self, weight, stats, scheme):
         self.calls += 1
-        return round_to_grid(weight * (1 - .001 * self.calls), scheme)
+        return round_to_nearest(weight * (1 - .001 * self.calls), scheme)
     def quantize(self, model, *args, **kwargs):
         Remembering.calls += 5
         return super().quantize(model, *args, **kwargs)

@@ -533,7 +533,7 @@ def test_a_revision_is_asked_for_and_its_commit_is_reported(hub, name, revision,
     saved = yaml.safe_load((tmp_path / "out/quantization_report.yaml").read_text())
     assert saved["model"] == report["model"]
     folder = quantize(hub / "snapshots" / COMMITS[revision], tmp_path / "again", bits=4, group_size=32)
-    assert folder["proof"]["digests"] == report["proof"]["digests"]
+    assert folder["verification"]["digests"] == report["verification"]["digests"]
     with pytest.raises(UsageError, match="^org/name@v3: is no folder here, and the hub did not give it"):
         open_checkpoint("org/name@v3")
 

@@ -170,7 +170,7 @@ def test_config_of_another_model(checkpoints, tmp_path):
 
 def digests(folder: Path) -> list:
     "Codes, scales and zeros of each layer, in order."
-    return [*yaml.safe_load((folder / "quantization_report.yaml").read_text())["proof"]["digests"].values()]
+    return [*yaml.safe_load((folder / "quantization_report.yaml").read_text())["verification"]["digests"].values()]
 
 
 @pytest.mark.parametrize("kind, prefix", [("llama", "model."), ("opt", "model."), ("qwen3_moe", "model."),

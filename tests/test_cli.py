@@ -442,7 +442,7 @@ def test_verify_flags(flags, expected, monkeypatch, capsys):
 def test_verify_writes_what_it_found_into_the_report(tmp_path, monkeypatch, capsys):
     "The verdict is the new one, everything else is kept; a report that was replaced meanwhile is left alone."
     file = tmp_path/"quantization_report.yaml"
-    old = {"llmquant": "1", "verdict": "not verified", "layers": {"a": 1}, "proof": {"digests": {"a": "5f"}}}
+    old = {"llmquant": "1", "verdict": "not verified", "layers": {"a": 1}, "verification": {"digests": {"a": "5f"}}}
     found = {"files": {"layers": 1}, "vllm": {"version": "0.32", "mean_kl": 2e-6, "bound": 1e-4, "kernels": {"x.y": 3}}}
     file.write_text(yaml.safe_dump(old))
     monkeypatch.setattr("llmquant.evaluation.verification.verify", lambda *_, **__: found)
@@ -451,7 +451,7 @@ def test_verify_writes_what_it_found_into_the_report(tmp_path, monkeypatch, caps
     assert said.splitlines()[0] == "verified: files, and served by vLLM 0.32 with mean KL 2e-06 (at most 0.0001)"
     assert "kernels" not in said and said.endswith("\nwritten into quantization_report.yaml\n")
     new = yaml.safe_load(file.read_text())
-    assert new == old | {"verdict": said.splitlines()[0], "proof": old["proof"] | found}
+    assert new == old | {"verdict": said.splitlines()[0], "verification": old["verification"] | found}
     assert [p.name for p in tmp_path.iterdir()] == [file.name]
 
     def replaced(*_, **__):
@@ -465,14 +465,14 @@ def test_verify_writes_what_it_found_into_the_report(tmp_path, monkeypatch, caps
 
 
 @pytest.mark.parametrize("error", [VerificationError("layer a: moved"), UsageError("shard 1: is no safetensors file"),
-                                   LLMQuantError("vLLM ended with status 1")], ids=["proof", "usage", "other"])
+                                   LLMQuantError("vLLM ended with status 1")], ids=["verification", "usage", "other"])
 def test_a_failed_verification_replaces_an_earlier_verdict(error, tmp_path, monkeypatch, capsys):
     "Of a damaged report, and where the reference cannot be opened, not a byte changes."
     file, model = tmp_path/"quantization_report.yaml", tiny.make("llama", tmp_path/"base")
     layers = {"a": {"shape": [8, 8], "scheme": "W4 g8"}}
-    proof = {"digests": {"a": "5f"}, "promises_step": True, "files": {"layers": 1}, "vllm": {"mean_kl": 2e-6}}
+    verification = {"digests": {"a": "5f"}, "within_one_step": True, "files": {"layers": 1}, "vllm": {"mean_kl": 2e-6}}
     old = {"llmquant": "1", "verdict": "verified: files", "layers": layers,
-           "scheme": QuantScheme(4, group_size=8).to_dict(), "proof": proof}
+           "scheme": QuantScheme(4, group_size=8).to_dict(), "verification": verification}
     file.write_text(yaml.safe_dump(old))
 
     def fails(*_, **__): raise error
@@ -482,9 +482,9 @@ def test_a_failed_verification_replaces_an_earlier_verdict(error, tmp_path, monk
     assert file.read_bytes() == before
     assert cli.main(["verify", str(tmp_path), "--reference", str(model)]) == error.exit_status
     assert capsys.readouterr().err.count(f"llmquant: error: {error}") == 2
-    own = {"digests": proof["digests"], "promises_step": True}
-    assert yaml.safe_load(file.read_text()) == old | {"verdict": f"failed: {error}", "proof": own}
-    file.write_text("llmquant: 1\nverdict: verified\nproof: 3\n")
+    own = {"digests": verification["digests"], "within_one_step": True}
+    assert yaml.safe_load(file.read_text()) == old | {"verdict": f"failed: {error}", "verification": own}
+    file.write_text("llmquant: 1\nverdict: verified\nverification: 3\n")
     before = file.read_bytes()
     assert cli.main(["verify", str(tmp_path), "--reference", str(model)]) == error.exit_status
     assert file.read_bytes() == before

@@ -59,7 +59,7 @@ def test_both_doors_give_the_same_codes_on_a_gpu(method, tmp_path):
     quantize(path, tmp_path / "out", method, config=config, bits=4, group_size=32, device="cuda")
     model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").cuda()
     QuantizerRegistry.get(method)().quantize(model, bits=4, group_size=32, config=config)
-    wanted = yaml.safe_load((tmp_path / "out" / "quantization_report.yaml").read_text())["proof"]["digests"]
+    wanted = yaml.safe_load((tmp_path / "out" / "quantization_report.yaml").read_text())["verification"]["digests"]
     layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
     digests = {m.checkpoint_name: m.quantized_weight().digest() for m in layers}
     assert digests == wanted and len(wanted) == 14

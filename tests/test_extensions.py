@@ -35,8 +35,8 @@ def test_a_data_free_suppressor_asks_for_no_text(evening, tmp_path):
     assert all(0 < block["evening"]["change"] < 1e-5 for block in report["outlier_suppression"]["blocks"].values())
     model = QuantizerRegistry.get("minmax")().quantize(tiny.build("llama"), **given)
     digests = {name: m.quantized_weight().digest() for name, m in model.named_modules() if isinstance(m, QuantLinear)}
-    assert digests == report["proof"]["digests"]
-    plain = quantize(base, tmp_path / "plain", bits=4, group_size=32)["proof"]["digests"]
+    assert digests == report["verification"]["digests"]
+    plain = quantize(base, tmp_path / "plain", bits=4, group_size=32)["verification"]["digests"]
     assert all(digests[name] != plain[name] for name in plain)
     few = preflight(resolve({"model_path": str(base), "calibration.num_samples": 4096, "group_size": 32}, config=evening))[1]
     assert few.peak == preflight(resolve({"model_path": str(base), "group_size": 32}, config=evening))[1].peak

@@ -14,7 +14,7 @@ import texts
 import torch
 
 from llmquant.core.qparams import squared_error
-from llmquant.core.qtensor import round_to_grid
+from llmquant.core.qtensor import round_to_nearest
 from llmquant.core.scheme import QuantScheme
 from llmquant.evaluation.perplexity import perplexity
 from llmquant.in_memory.quant_linear import QuantLinear
@@ -84,7 +84,7 @@ def test_perplexity(demo, ids, bits, group_size, options, expected):
 def test_squared_error_is_that_of_a_float64_loop(demo, scheme, divisor):
     ours = plain = 0.0
     for weight in linears(demo[0]).values():
-        ours += float((round_to_grid(weight, scheme).dequantize().double() - weight.double()).square().sum())
+        ours += float((round_to_nearest(weight, scheme).dequantize().double() - weight.double()).square().sum())
         plain += plain_minmax.squared_error(weight.numpy(), scheme.bits, scheme.width(weight.shape[1]), divisor)
     assert plain > 1 and ours == pytest.approx(plain, rel=1e-6)
 
@@ -105,7 +105,7 @@ def test_mse_is_never_worse_than_minmax(demo, bits):
         part = weight[:16]  # a group lies within a row, so rows stand for themselves; all of them would take minutes
         errors = {}
         for rule in ("minmax", "mse"):
-            quantized = round_to_grid(part, dataclasses.replace(scheme, range_rule=rule))
+            quantized = round_to_nearest(part, dataclasses.replace(scheme, range_rule=rule))
             errors[rule] = squared_error(part, quantized.scales, quantized.zeros, scheme)
         assert (errors["mse"] <= errors["minmax"]).all(), name
         assert errors["mse"].sum() < errors["minmax"].sum() or bits == 8, name

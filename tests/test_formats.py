@@ -10,7 +10,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmquant.core.qtensor import QuantizedWeight, round_to_grid
+from llmquant.core.qtensor import QuantizedWeight, round_to_nearest
 from llmquant.core.scheme import QuantScheme
 from llmquant.formats.awq import AWQFormat
 from llmquant.formats.compressed_tensors import CompressedTensorsFormat
@@ -140,7 +140,7 @@ def export(model, path, fmt, grid, ignored):
     for name, module in model.named_modules():
         if not isinstance(module, torch.nn.Linear) or name in ignored: continue
         assert fmt.objection(grid, *module.weight.shape) == "", name
-        weight = round_to_grid(tensors.pop(f"{name}.weight"), grid)
+        weight = round_to_nearest(tensors.pop(f"{name}.weight"), grid)
         tensors.update(fmt.pack(name, weight))
         module.weight.data = weight.dequantize(torch.float16)
         quantized.append(name)

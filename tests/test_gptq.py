@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from llmquant.core.errors import UsageError
-from llmquant.core.qtensor import round_to_grid
+from llmquant.core.qtensor import round_to_nearest
 from llmquant.core.quantizer_registry import QuantizerRegistry
 from llmquant.core.scheme import QuantScheme
 from llmquant.core.statistics import LayerStats
@@ -138,7 +138,7 @@ def test_outputs_are_far_nearer_than_those_of_rounding_to_nearest(bits):
         losses[rule] = output_loss(weight, quantized, stats.hessian)
         whole = torch.einsum("oi,ij,oj->", weight.double(), stats.hessian.double(), weight.double()).item()
         assert stats.notes["output_error"] == pytest.approx((losses[rule] / whole) ** 0.5, rel=1e-3)
-    nearest = output_loss(weight, round_to_grid(weight, QuantScheme(bits=bits, group_size=64)), stats.hessian)
+    nearest = output_loss(weight, round_to_nearest(weight, QuantScheme(bits=bits, group_size=64)), stats.hessian)
     assert losses["minmax"] < (0.7 if bits == 2 else 0.5) * nearest
     assert losses["mse"] < losses["minmax"]
 
@@ -170,7 +170,7 @@ def test_fewer_tokens_than_features():
     stats = stats_of(x)
     quantized = quantizer.quantize_weight(weight, stats, scheme)
     assert stats.notes["few_tokens"] == "20 for 128 in_features"
-    nearest = output_loss(weight, round_to_grid(weight, scheme), stats.hessian)
+    nearest = output_loss(weight, round_to_nearest(weight, scheme), stats.hessian)
     assert output_loss(weight, quantized, stats.hessian) < 0.2 * nearest
 
 

@@ -15,7 +15,7 @@ from llmquant.checkpoint.edited_source import with_edits
 from llmquant.core.errors import UsageError
 from llmquant.core.options import Option
 from llmquant.core.outlier_suppression_registry import BaseOutlierSuppressor, OutlierSuppressionRegistry
-from llmquant.core.qtensor import round_to_grid
+from llmquant.core.qtensor import round_to_nearest
 from llmquant.core.quantizer_registry import BaseQuantizer, QuantizerRegistry
 from llmquant.in_memory.quant_linear import QuantLinear
 from llmquant.utils.config import resolve
@@ -35,7 +35,7 @@ def test_what_is_implied_is_implied_in_memory_too(section, tmp_path):
     report = yaml.safe_load((tmp_path / "out" / "quantization_report.yaml").read_text())
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="auto")
     found = linears(QuantizerRegistry.get("minmax")().quantize(model, config=config))
-    assert {name: m.quantized_weight().digest() for name, m in found.items()} == report["proof"]["digests"]
+    assert {name: m.quantized_weight().digest() for name, m in found.items()} == report["verification"]["digests"]
 
 
 def test_weights_of_four_bits_under_activations_are_asked_for():
@@ -276,7 +276,7 @@ def test_both_entry_points_read_the_same_calibration_data(config, with_tokenizer
 
 class Mine(BaseQuantizer):
     name, options = "mine", (Option("factor", float, 1.0, minimum=0.1),)
-    def quantize_weight(self, weight, stats, scheme): return round_to_grid(weight * self.settings["factor"], scheme)
+    def quantize_weight(self, weight, stats, scheme): return round_to_nearest(weight * self.settings["factor"], scheme)
 
 
 @pytest.mark.parametrize("config", [{"factor": 2.0}, {"quantization": {"factor": 2.0}}, {"quantization": {"mine": {"factor": 2.0}}}])
@@ -312,9 +312,9 @@ def test_a_suppressor_that_only_transforms_works_in_memory_as_on_a_folder(scope,
         assert (model(ids).logits - logits).norm() < 1e-5 * logits.norm()
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="auto")
         found = linears(QuantizerRegistry.get("minmax")().quantize(model, bits=4, group_size=32, config=config))
-        assert {name: m.quantized_weight().digest() for name, m in found.items()} == report["proof"]["digests"]
-        plain = quantize(tmp_path / "base", tmp_path / "plain", bits=4, group_size=32)["proof"]["digests"]
-        assert {n for n, d in plain.items() if d != report["proof"]["digests"][n]} == {n for n in plain if ".mlp." in n}
+        assert {name: m.quantized_weight().digest() for name, m in found.items()} == report["verification"]["digests"]
+        plain = quantize(tmp_path / "base", tmp_path / "plain", bits=4, group_size=32)["verification"]["digests"]
+        assert {n for n, d in plain.items() if d != report["verification"]["digests"][n]} == {n for n in plain if ".mlp." in n}
     finally: OutlierSuppressionRegistry._registry.classes.pop("flip")
 
 
@@ -367,7 +367,7 @@ def test_a_suppressor_of_the_model_that_edits_blocks_is_refused_when_it_is_regis
 
 class Drawing(BaseQuantizer):
     "Moves weights by numbers of torch's own generator before it rounds them."
-    def quantize_weight(self, weight, stats, scheme): return round_to_grid(weight + .1 * torch.rand_like(weight), scheme)
+    def quantize_weight(self, weight, stats, scheme): return round_to_nearest(weight + .1 * torch.rand_like(weight), scheme)
 
 
 def test_both_entry_points_seed_torchs_own_generator(tmp_path):
@@ -383,6 +383,6 @@ def test_both_entry_points_seed_torchs_own_generator(tmp_path):
             model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="auto")
             found = QuantizerRegistry.get("drawing")().quantize(model, 4, 32, config={"quantization": {"seed": seed}})
             return {name: m.quantized_weight().digest() for name, m in linears(found).items()}
-        assert in_memory(7) == report["proof"]["digests"]
-        assert not set(in_memory(8).values()) & set(report["proof"]["digests"].values())
+        assert in_memory(7) == report["verification"]["digests"]
+        assert not set(in_memory(8).values()) & set(report["verification"]["digests"].values())
     finally: QuantizerRegistry._registry.classes.pop("drawing")

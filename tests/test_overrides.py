@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from llmquant.cli import main as cli
 from llmquant.core.errors import UsageError, VerificationError
 from llmquant.core.model_registry import ModelRegistry
-from llmquant.core.qtensor import round_to_grid
+from llmquant.core.qtensor import round_to_nearest
 from llmquant.core.scheme import QuantScheme, scheme_of
 from llmquant.evaluation import verification, served_model
 from llmquant.evaluation.vllm_check import Job, ask_vllm_many
@@ -193,11 +193,11 @@ def test_every_layer_has_its_grid_in_the_file(name, folder):
             continue
         assert scheme_of(config, layer) == wanted, layer
         read = unpack_layer(tensors, layer, config, weight.shape[1], weight.shape[0])
-        assert read.digest() == round_to_grid(weight, wanted).digest(), layer
+        assert read.digest() == round_to_nearest(weight, wanted).digest(), layer
     loaded = load(folder/name, torch.float32)
     for layer, wanted in zip(LAYERS, map(grid, GRIDS[name]), strict=True):
         weight = base[f"{layer}.weight"]
-        means = weight if wanted is None else round_to_grid(weight, wanted).dequantize(torch.float16)
+        means = weight if wanted is None else round_to_nearest(weight, wanted).dequantize(torch.float16)
         assert torch.equal(loaded.get_submodule(layer).weight, means.float()), layer
 
 

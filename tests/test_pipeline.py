@@ -65,7 +65,7 @@ def test_both_doors_give_the_same_export(kind, tie, tmp_path):
     configs = [json.loads((tmp_path / d / "config.json").read_text()) for d in ("streamed", "memory")]
     assert configs[0] == configs[1]
     reports = [yaml.safe_load((tmp_path / d / REPORT).read_text()) for d in ("streamed", "memory")]
-    assert reports[0]["proof"]["digests"] == reports[1]["proof"]["digests"] and reports[0]["proof"]["digests"]
+    assert reports[0]["verification"]["digests"] == reports[1]["verification"]["digests"] and reports[0]["verification"]["digests"]
 
 
 @pytest.mark.parametrize("more,says", [
@@ -209,14 +209,14 @@ def test_a_class_in_the_guides_style_is_exported(guide_style, base, tmp_path):
 
 THIRD_PARTY = '''
 from llmquant.core.options import Option
-from llmquant.core.qtensor import round_to_grid
+from llmquant.core.qtensor import round_to_nearest
 from llmquant.core.quantizer_registry import BaseQuantizer
 
 class Half(BaseQuantizer):
     name = "thirdparty"
     options = (Option("factor", float, 1.0, "scale of everything", minimum=0.5, maximum=2.0),)
     def quantize_weight(self, weight, stats, scheme):
-        return round_to_grid(weight * self.settings["factor"], scheme)
+        return round_to_nearest(weight * self.settings["factor"], scheme)
 '''
 
 

@@ -218,7 +218,7 @@ def test_nothing_from_a_checkpoint_is_markup(export):
     report = report_of(export)
     name = f"model.layers.0.{bad}"
     report["layers"][name] = {"scheme": bad, "shape": [32, 32], "relative_error": 0.001}
-    report["proof"]["digests"][name] = "00"
+    report["verification"]["digests"][name] = "00"
     report["left_in_float"][bad] = [bad]
     report["model"] |= {"path": f"/x/{bad}", "model_type": bad}
     report["recipe"][bad] = {"value": bad, "from": bad}
@@ -310,7 +310,7 @@ def test_a_verification_rewrites_the_pages(export, base, monkeypatch, caplog):
     assert main(["verify", str(export), "--reference", str(base), "--quiet"]) == 0
     assert "verified: files; vLLM is not installed" in (export/PAGE).read_text()
     assert "verified: files; vLLM is not installed" in (export/CARD).read_text()
-    assert "added_later" not in report_of(export)["proof"]["files"]
+    assert "added_later" not in report_of(export)["verification"]["files"]
     (export/CARD).write_text((export/CARD).read_text().replace("## Limits", "## What I found"))
     edited = (export/CARD).read_bytes()
     (export/"tokenizer_config.json").write_text("{}")

@@ -217,7 +217,7 @@ def test_the_walk_holds_them_to_it(maker):
     leaders = {names[0]: view.module(names[0]) for names in groups}
     edited = loop.suppress(0, block, view.plans, leaders, groups, view.pairs)
     facts = loop.suppressed[0][suppressor.name]
-    assert facts["change"] < 1e-5 and set(facts["edited"]) == edited and facts["pairs"]
+    assert facts["change"] < 1e-5 and set(facts["modified"]) == edited and facts["pairs"]
     half = tuple(replace(pair, consumers=pair.consumers[:1]) for pair in view.pairs)
     _refused(loop, block, view, leaders, groups, half)
     loop.blocks.empty()

@@ -67,7 +67,7 @@ def test_an_export_is_what_the_report_says(checkpoints, tmp_path, kind, tie, sup
             assert 0 < done["change"]["logits"] <= 1e-5 and done["change"]["blocks"] <= 1e-5
             continue
         assert len(done["blocks"]) == 2
-        for block in done["blocks"].values(): assert block[name]["edited"] and block[name]["change"] <= 1e-4
+        for block in done["blocks"].values(): assert block[name]["modified"] and block[name]["change"] <= 1e-4
     if tie and "rotation" in suppressors:
         assert report["config_changes"] == {"tie_word_embeddings": False}
         assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
@@ -117,14 +117,14 @@ def test_both_doors_give_the_same_codes(checkpoints, tmp_path, kind, tie, suppre
     found = {m.checkpoint_name: m.quantized_weight().digest() for m in model.modules() if isinstance(m, QuantLinear)}
     report = yaml.safe_load((out / "quantization_report.yaml").read_text())
     if "rotation" not in suppressors:  # a model in memory keeps rotated weights in its own dtype, a checkpoint in float32
-        assert found == report["proof"]["digests"]
+        assert found == report["verification"]["digests"]
     ModelRegistry.for_config(model.config.to_dict()).save_quantized(model, tmp_path / "saved", source=base)
     assert check_files(tmp_path / "saved", base)["layers"] == len(found) == len(report["layers"])
 
 
 def test_statistics_are_those_of_the_suppressed_block(checkpoints):
     "What the quantizer is given after an edit equals a measurement of the edited model."
-    from llmquant.core.qtensor import round_to_grid
+    from llmquant.core.qtensor import round_to_nearest
     from llmquant.core.quantizer_registry import BaseQuantizer
     seen = {}
 
@@ -133,7 +133,7 @@ def test_statistics_are_those_of_the_suppressed_block(checkpoints):
         def needed_statistics(self): return ("hessian", "maxima")
         def quantize_weight(self, weight, stats, scheme):
             seen.setdefault(len(seen), (weight.clone(), stats.hessian.clone(), stats.maxima.clone()))
-            return round_to_grid(weight, scheme)
+            return round_to_nearest(weight, scheme)
 
     model, tokens = tiny.build("llama", torch.float32), torch.randint(3, 512, (4, 32))
     plain = tiny.build("llama", torch.float32)

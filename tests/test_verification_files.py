@@ -32,7 +32,7 @@ LAYER = "model.layers.0.mlp.up_proj"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     "A base model and its exports."
-    folder = tmp_path_factory.mktemp("proof")
+    folder = tmp_path_factory.mktemp("verification")
     base = tiny.make("llama", folder/"base")
     for name, options in EXPORTS.items(): quantize(base, folder/name, **options)
     return folder
@@ -101,7 +101,7 @@ def test_config_keys_that_may_differ(folder, tmp_path):
     assert verification.verify(export, folder/"base")["files"]["layers"] == 14
     export = edited(folder/"awq", tmp_path/"b", edit=lambda config: config.update(dtype="bfloat16"))
     for reference in (None, folder/"base"): assert "config.json: changed" in message(VerificationError, export, reference)
-    export = edited(export, tmp_path/"c", REPORT, lambda report: report["proof"].pop("side_files"))
+    export = edited(export, tmp_path/"c", REPORT, lambda report: report["verification"].pop("side_files"))
     found = verification.verify(export, folder/"base")["files"]
     assert found["layers"] == 14 and "holds no digests" in found["side_files"]
 
@@ -124,7 +124,7 @@ def test_the_report_has_a_digest_of_each_file(with_files):
     "Of all that readers load, but the weights; the command line shows how many."
     export = with_files
     files = {p.relative_to(export): p for p in export.rglob("*") if p.is_file() and "safetensors" not in p.name}
-    known = yaml.safe_load((export/REPORT).read_bytes())["proof"]["side_files"]
+    known = yaml.safe_load((export/REPORT).read_bytes())["verification"]["side_files"]
     spelled = {str(name).replace("\udce1", "\\udce1"): path for name, path in files.items()}
     assert set(known) == {*spelled} - {REPORT, "README.md"} and len(known) >= 7
     for name in {*known} - {"config.json"}:
@@ -155,8 +155,8 @@ def test_while_a_run_still_has_its_journal(with_files, tmp_path, monkeypatch):
     text = {"calibration.num_samples": 2, "calibration.max_length": 32}
     report = quantize(with_files.parent/"with_files_base", tmp_path/"out", method="gptq", bits=4, group_size=32,
                       verify=True, **text)
-    assert report["proof"]["vllm"] == {"journal": True} and "added_later" not in report["proof"]["files"]
-    assert report["proof"]["files"]["side_files"] == len(report["proof"]["side_files"]) >= 7
+    assert report["verification"]["vllm"] == {"journal": True} and "added_later" not in report["verification"]["files"]
+    assert report["verification"]["files"]["side_files"] == len(report["verification"]["side_files"]) >= 7
 
 
 @pytest.mark.parametrize("change", [
@@ -172,7 +172,7 @@ def test_values_of_config_json_that_changed(change, with_files, tmp_path):
 
 def test_exports_without_digests_of_files_and_files_added_later(with_files, tmp_path, capsys):
     "An older export passes and says what was not compared; what was added is named, a model card may be edited."
-    old = edited(with_files, tmp_path/"old", REPORT, lambda report: report["proof"].pop("side_files"))
+    old = edited(with_files, tmp_path/"old", REPORT, lambda report: report["verification"].pop("side_files"))
     (old/"tokenizer.json").write_text("{}")
     assert main(["verify", str(old), "--reference", str(with_files.parent/"with_files_base")]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "side_files" in line]
@@ -208,7 +208,7 @@ def test_group_size_of_whole_rows(folder, tmp_path):
 
 def test_layers_in_the_files_and_in_the_report(folder, tmp_path):
     def edit(report):
-        for part in (report["layers"], report["proof"]["digests"]): del part[LAYER]
+        for part in (report["layers"], report["verification"]["digests"]): del part[LAYER]
     export = edited(folder/"awq", tmp_path/"e", REPORT, edit)
     assert f"layer {LAYER}: is quantized in the files or in the report" in message(VerificationError, export)
 
@@ -232,10 +232,10 @@ def test_wrong_references(folder, tmp_path):
     assert "config.json: " in message(VerificationError, folder/"awq", wrong)
 
 
-@pytest.mark.parametrize("text", ["", "a: [", "- 1", "proof: 3", "proof: {digests: 3}", "\x00", "a: &a [*a]",
-                                  "proof: {digests: {a: '0'}, promises_step: true}\nlayers: {a: {shape: 3}}",
-                                  "proof: {digests: {a: '0'}, promises_step: true}\nlayers: {a: {shape: [2, 2]}}",
-                                  "proof: {digests: {}}\nlayers: {}"])
+@pytest.mark.parametrize("text", ["", "a: [", "- 1", "verification: 3", "verification: {digests: 3}", "\x00", "a: &a [*a]",
+                                  "verification: {digests: {a: '0'}, within_one_step: true}\nlayers: {a: {shape: 3}}",
+                                  "verification: {digests: {a: '0'}, within_one_step: true}\nlayers: {a: {shape: [2, 2]}}",
+                                  "verification: {digests: {}}\nlayers: {}"])
 def test_damaged_reports(text, folder, tmp_path):
     export = edited(folder/"awq", tmp_path/"e", REPORT, text=text)
     found = message(UsageError, export, folder/"base")
@@ -371,3 +371,16 @@ def test_whatever_ends_a_verification_the_export_stays(error, folder, tmp_path, 
     report = yaml.safe_load((tmp_path/"out.failed"/"quantization_report.yaml").read_text())
     assert report["verdict"].startswith("failed: ") and report["verdict"].endswith(" ".join(str(error).split()))
     assert verify(tmp_path/"out.failed", folder/"base")["files"]["layers"] == len(report["layers"])
+
+
+def test_a_report_of_an_earlier_version_is_read(with_files, tmp_path):
+    "Its keys were proof, promises_step and edited; a verdict is written into it under today's."
+    def rename(report):
+        found = report.pop("verification")
+        report["proof"] = {"promises_step": found.pop("within_one_step"), **found}
+    old, base = edited(with_files, tmp_path/"old", REPORT, rename), with_files.parent/"with_files_base"
+    assert "promises_step" in (old/REPORT).read_text()
+    assert verification.check_files(old, base) == verification.check_files(with_files, base)
+    assert main(["verify", str(old), "--reference", str(base)]) == 0
+    report = yaml.safe_load((old/REPORT).read_bytes())
+    assert "proof" not in report and report["verification"]["within_one_step"] is True

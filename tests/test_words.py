@@ -14,7 +14,7 @@ PAGES = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb")
 
 PRIVATE = {  # the field's word: how we once called it
     "entry point": r"\b(front )?doors?\b",
-    "verification": r"(?<!`)\b(un)?pro(of|ofs|ve|ves|ved|ven)\b(?!\.(digests|promises|edited|side))",
+    "verification": r"(?<!`)\b(un)?pro(of|ofs|ve|ves|ved|ven)\b",
     "block loop": r"\b(the|block|layer) walk\b|\bwalks\b|\bclimbs?\b",
     "check, verify": r"\bto its promise\b|\bheld against\b|\b(held|hold) (it )?to\b",
     "transform": r"\bpresent(s|ed) (a|another|the) (checkpoint|model)\b",
@@ -25,6 +25,8 @@ PRIVATE = {  # the field's word: how we once called it
     "resume": r"\b(go|goes|going|went) on (with|from|after|at|there)\b|\bkilled run goes on\b|\brun that goes on\b",
     "column order": r"\bturn comes\b|\bin turn\b",
     "report, log, store": r"\b(say|says|said) so\b|\bspeaks? (for|of)\b|\b(is|are) told\b",
+    "round_to_nearest": r"\bround(s|ed|ing)?[_ ]to[_ ](a|the)?[_ ]?grid\b",
+    "within one step": r"\bpromise[sd]?[_ ](a[_ ])?step\b",
     "cause": r"\bto blame\b|\bblames?\b",
 }
 FOUND = ("activation quantization", "weight-only", "round-to-nearest (RTN)", "act-order", "group size", "zero point",
@@ -78,4 +80,5 @@ def test_what_these_tests_would_find():
     assert [list(private(text)) for text in spoken(code)] == [
         ["verification", "resume"], ["quantization scheme, quantized activations"], ["outlier channel"]]
     assert headings("# The proof\n\n> Walks\n\nprose") == ["# The proof", "> Walks"]
-    assert private("report['proof'] has no proof.digests; it improves the resumed one") == {"verification": "proof"}
+    assert private("report['proof'] improves the resumed one") == {"verification": "proof"}
+    assert list(private("promises_step of round_to_grid")) == ["round_to_nearest", "within one step"]

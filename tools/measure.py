@@ -125,14 +125,14 @@ def rounded_by_seven(model):
     "The other convention for symmetric grids, max |w| / 7, which uses 15 of the 16 codes."
     import torch
 
-    from llmquant.core.qtensor import round_to_grid
+    from llmquant.core.qtensor import round_to_nearest
     from llmquant.core.scheme import QuantScheme
 
     scheme = QuantScheme(4, symmetric=True, group_size=64, scale_dtype=torch.float32)
     for weight in linears(model).values():
         scales = weight.view(len(weight), -1, 64).abs().amax(-1) / 7
         grid = scales, torch.full_like(scales, scheme.middle, dtype=torch.uint8)
-        weight.copy_(round_to_grid(weight, scheme, grid).dequantize())
+        weight.copy_(round_to_nearest(weight, scheme, grid).dequantize())
     return model
 
 

@@ -29,7 +29,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from llmquant.core.errors import UsageError
 from llmquant.core.model_registry import ModelRegistry
-from llmquant.core.qtensor import round_to_grid
+from llmquant.core.qtensor import round_to_nearest
 from llmquant.core.quantizer_registry import BaseQuantizer
 from llmquant.plan.plan import make_plan
 from llmquant.sequential.block_flow import flow_of
@@ -138,7 +138,7 @@ class Keeping(BaseQuantizer):
 
     def needed_statistics(self): return STATISTICS
 
-    def quantize_weight(self, weight, stats, scheme): return round_to_grid(weight, scheme)
+    def quantize_weight(self, weight, stats, scheme): return round_to_nearest(weight, scheme)
 
 
 class Kept(dict):

@@ -98,12 +98,12 @@ def memory_text(
     return f"\npeak memory, predicted: {mib(sum(-(-size >> 20 << 20) for size in parts.values()))}\n" + aligned(rows, 2)
 
 # %% ../../nbs/cli/summary.ipynb #b0e5dff4
-MACHINES = ("digests", "edited", "promises_step", "side_files")
+MACHINES = ("digests", "modified", "within_one_step", "side_files")
 DETAILS = ("kernels", "attention", "text", "max_kl", "top1_agreement", "positions", "judged", "own_bfloat16_noise",
            "linears", "linear_error_without_activation_quantization", "device", "version")
 
 def verification_text(
-    found:Mapping[str, Any], # What `verify` found, or the report's `proof`
+    found:Mapping[str, Any], # What `verify` found, or the report's `verification`
     verbose:bool=False,      # What only somebody who looks for a reason reads as well
 ) -> str:                    # Its figures
     "A verification without the digests, which are for machines."
@@ -181,7 +181,7 @@ def report_text(
     rows += _suppression_rows(report.get("outlier_suppression", {}).get("sizes", ()))
     rows += [("note", note) for note in report.get("serving", ())]
     if report.get("left_out"): rows.append(("left out", ", ".join(report["left_out"])))
-    verified = verification_text(report.get("proof", {}))
+    verified = verification_text(report.get("verification", {}))
     unverified = "not verified; run llmquant verify, or quantize with --verify\n"
     share = share_text(report.get("parameters", {})) if layers else ""
     verdict = report.get("verdict", "verification")

@@ -60,7 +60,7 @@ def edits_blocks(self:BaseQuantizer) -> bool: # By its settings
     return type(self).prepare_block is not BaseQuantizer.prepare_block
 
 @patch
-def promises_step(self:BaseQuantizer,
+def within_one_step(self:BaseQuantizer,
     scheme:QuantScheme, # The scheme in use
 ) -> bool:              # Whether no weight moves by more than one step (its scale)
     "What the verification may check for this method."

@@ -196,14 +196,14 @@ def _widest_grid_is_close(cls:type):
 
 # %% ../../nbs/evaluation/check_components.ipynb #a248e286
 def _promises_are_kept(cls:type):
-    "`promises_step`: no weight moves by more than a step. `stacks_rows`: rows do not see each other. The format exists."
+    "`within_one_step`: no weight moves by more than a step. `stacks_rows`: rows do not see each other. The format exists."
     for quantizer, scheme in _schemes_of(cls):
         weight = random_weight()
         quantized = _quantized_by(quantizer, scheme, weight)
         FormatRegistry.get(quantizer.preferred_format(scheme))
         step = quantized.scales.float().repeat_interleave(scheme.width(64), 1)
-        if quantizer.promises_step(scheme) and ((quantized.dequantize() - weight).abs() > 1.001 * step).any():
-            raise UsageError(f"promises_step is true at {scheme}, and a weight moves by more than its scale")
+        if quantizer.within_one_step(scheme) and ((quantized.dequantize() - weight).abs() > 1.001 * step).any():
+            raise UsageError(f"within_one_step is true at {scheme}, and a weight moves by more than its scale")
         if not quantizer.stacks_rows: continue
         parts = torch.cat([_quantized_by(quantizer, scheme, part.contiguous()).codes for part in weight.split((3, 5))])
         if (parts != quantized.codes).float().mean() > .01:

@@ -81,7 +81,7 @@ def check_layers(tensors: dict,      # what `read_safetensors` gave
                  reference: CheckpointSource | None,  # MODEL
                  ) -> dict:
     "Digests of all layers, and their distance from MODEL where the method guarantees one; `VerificationError` names the layer."
-    digests, worst = report["proof"]["digests"], (0.0, "")
+    digests, worst = report["verification"]["digests"], (0.0, "")
     if stray := set(packed_layers(tensors)) ^ set(digests):
         raise VerificationError(f"layer {min(stray)}: is quantized in the files or in the report, and not in both")
     for layer, digest in progress(digests.items(), description="verifying"):
@@ -91,7 +91,7 @@ def check_layers(tensors: dict,      # what `read_safetensors` gave
                              "(SHA-256 differs from the report's)")
         rows, columns = report["layers"][layer]["shape"]
         check_width(config["quantization_config"], layer, columns, unpacked.scales.shape[1])
-        if reference is None or not report["proof"]["promises_step"]: continue
+        if reference is None or not report["verification"]["within_one_step"]: continue
         weight = original(reference, f"{layer}.weight", (rows, columns))
         worst = max(worst, (steps_moved(unpacked.dequantize(), float_scales(unpacked), weight), layer))
     if not worst[0] <= 1:
@@ -142,7 +142,7 @@ def check_side_files(export: Path,  # folder
                      report: dict,  # its report
                      ) -> dict:     # how many are as written, and which were added
     "`VerificationError` names the files beside the weights that are missing or not what was written."
-    written, here = report["proof"].get("side_files"), compared_files(Path(export))
+    written, here = report["verification"].get("side_files"), compared_files(Path(export))
     if written is None: return {"side_files": NOT_COMPARED}
     if missing := sorted(written.keys() - here.keys() - {"config.json"}):
         raise VerificationError(f"{', '.join(missing)}: missing, and written with the export; put it back or quantize again")
@@ -174,10 +174,10 @@ def check_stored_tensors(tensors: dict,  # what `read_safetensors` gave
     with closing(open_checkpoint(reference)) as source:
         check_config(config, source.config, report)
         found = check_layers(tensors, config, report, None if was_edited(report) else source)
-        edited = report["proof"].get("edited")
-        if was_edited(report) and not edited: return found
-        return {**found, "float_tensors": check_floats(tensors, list(report["proof"]["digests"]), config, source,
-                                                      edited or {})}
+        modified = report["verification"].get("modified")
+        if was_edited(report) and not modified: return found
+        return {**found, "float_tensors": check_floats(tensors, list(report["verification"]["digests"]), config, source,
+                                                      modified or {})}
 
 # %% ../../nbs/evaluation/verification.ipynb #d63eafe9
 def as_known(text: str,     # a message
@@ -212,7 +212,7 @@ def verify(export: str | Path,                     # an export of llmquant
            stock: bool | None = None,              # True: no plugins; None: the plugin only where stock vLLM refuses
            quantization: str | None = None,        # vLLM's --quantization
            require_vllm: bool = False,             # fail where there is no vLLM
-           ) -> dict:                              # for the report's section `proof`
+           ) -> dict:                              # for the report's section `verification`
     "Verify an export; `VerificationError` with one sentence when it fails."
     export = Path(export).expanduser()
     try: return verify_export(export, reference, dtype, bound, stock, quantization, require_vllm)

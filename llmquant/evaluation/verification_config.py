@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 
 from ..checkpoint.folders import REPORT
+from ..export.report import in_current_keys
 from ..checkpoint.source import JSON_DEPTH, is_deep
 from ..core.errors import VerificationError, UsageError
 from ..core.outlier_suppression_registry import CHANGEABLE
@@ -43,12 +44,12 @@ def report_objection(report,  # as parsed
                      ) -> str:
     "What is wrong with a report's form; empty when nothing is."
     if not isinstance(report, dict): return "must be a mapping"
-    proof, layers = report.get("proof"), report.get("layers")
-    digests = proof.get("digests") if isinstance(proof, dict) else None
-    if not isinstance(digests, dict): return "has no mapping proof.digests"
+    verification, layers = report.get("verification"), report.get("layers")
+    digests = verification.get("digests") if isinstance(verification, dict) else None
+    if not isinstance(digests, dict): return "has no mapping verification.digests"
     if wrong := [name for name, digest in digests.items() if not isinstance(name, str) or not isinstance(digest, str)]:
-        return f"proof.digests: the digest of {wrong[0]} is no text"
-    if type(proof.get("promises_step")) is not bool: return "proof.promises_step must be true or false"
+        return f"verification.digests: the digest of {wrong[0]} is no text"
+    if type(verification.get("within_one_step")) is not bool: return "verification.within_one_step must be true or false"
     if not isinstance(layers, dict): return "has no mapping layers"
     if stray := set(digests) ^ set(layers): return f"layer {min(stray, key=str)}: is in one of layers and digests only"
     if wrong := [name for name, layer in layers.items() if not is_shape(layer)]:
@@ -56,12 +57,12 @@ def report_objection(report,  # as parsed
     if wrong := [name for name, layer in layers.items() if not isinstance(layer.get("scheme", ""), str)]:
         return f"layers: the scheme of {wrong[0]} must be a word"
     if digests and not is_scheme(report.get("scheme")): return "scheme does not describe a quantization scheme"
-    edited = proof.get("edited") or {}
-    if not isinstance(edited, dict) or not all(isinstance(part, str) for item in edited.items() for part in item):
-        return "proof.edited must be a mapping from tensors to digests"
-    beside = proof.get("side_files", {})
+    modified = verification.get("modified") or {}
+    if not isinstance(modified, dict) or not all(isinstance(part, str) for item in modified.items() for part in item):
+        return "verification.modified must be a mapping from tensors to digests"
+    beside = verification.get("side_files", {})
     if not isinstance(beside, dict) or not all(isinstance(part, str) for item in beside.items() for part in item):
-        return "proof.side_files must be a mapping from files to digests"
+        return "verification.side_files must be a mapping from files to digests"
     recipe = report.get("recipe")
     return "" if recipe is None or isinstance(recipe, dict) else "recipe must be a mapping"
 
@@ -77,7 +78,7 @@ def read_report(
     if not path.is_file():
         raise UsageError(f"{export}: holds no {REPORT}, so there is nothing to compare it with; "
                          "give an export of llmquant")
-    try: report = yaml.load(path.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    try: report = in_current_keys(yaml.load(path.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         raise damaged(path, f"is no YAML{f' (line {mark.line + 1})' if mark else ''}") from None
@@ -147,7 +148,7 @@ def check_quantization(config: dict,  # the export's config.json
                        path: Path,    # of config.json, for messages
                        ):
     "`VerificationError` when `quantization_config` is not what the report lists."
-    found, layers = config.get("quantization_config"), report["proof"]["digests"]
+    found, layers = config.get("quantization_config"), report["verification"]["digests"]
     if not layers:
         if found: raise VerificationError("config.json: has a quantization_config, and the report lists no quantized layer")
         return

@@ -29,7 +29,7 @@ from ..checkpoint.writer import ExportWriter
 from ..core.errors import LLMQuantError, VerificationError
 from ..core.qtensor import QuantizedWeight, digest, raw_bytes
 from ..core.scheme import dtype_name
-from .report import make_report, to_yaml, verdict, with_verdict
+from .report import in_current_keys, make_report, to_yaml, verdict, with_verdict
 from ..plan.plan import LayerPlan, Plan
 from ..sequential.layer import LayerResult
 
@@ -168,7 +168,7 @@ class Export:
     config: Mapping            # The checkpoint's config.json
     facts: Mapping[str, Any]   # For the report; may receive more while tensors come
     side_files: Iterable[Path] = () # Copied verbatim, see `write_side_files`
-    promises_step: bool = False     # See `make_report`
+    within_one_step: bool = False     # See `make_report`
     verify: Callable[[Path], dict]|None = None # Called with the finished folder; its result goes into the report
     pages: Callable[[Path, str], None]|None = None # Called with the folder and its final name: writes what people read
 
@@ -194,16 +194,16 @@ def write_export(
         writer.write_json("config.json", config)
         if plan.quantized: adapter._save_vllm_config(ExportedModel(config, plan.dtype), writer.folder)
         seconds = _seconds_since(start, cpu, facts.get("resumed", {}).get("seconds_before", {}))
-        report = make_report(plan, results, export.promises_step, {**facts, "seconds": seconds} | ({"left_out": left_out} if left_out else {}))
-        if sink.edited: report["proof"]["edited"] = dict(sink.edited)
-        report["proof"]["side_files"] = side_digests(writer)
+        report = make_report(plan, results, export.within_one_step, {**facts, "seconds": seconds} | ({"left_out": left_out} if left_out else {}))
+        if sink.edited: report["verification"]["modified"] = dict(sink.edited)
+        report["verification"]["side_files"] = side_digests(writer)
         writer.write_text(REPORT, to_yaml(report))
         draw_suppression(writer, report)
         writer.finish()
         with kept_complete(writer, report):
             if export.verify:
-                report["proof"] |= verify_partial(writer, report, export.verify)
-                report["verdict"] = verdict(report["proof"])
+                report["verification"] |= verify_partial(writer, report, export.verify)
+                report["verdict"] = verdict(report["verification"])
             if export.pages:
                 with writer.guarded(): export.pages(writer.folder, writer.output.name)
             writer.publish()
@@ -245,7 +245,7 @@ def verdict_writer(
     def put(found:Mapping[str, Any]|Exception) -> bool:
         try:
             if file.read_bytes() != before: return False
-            report = yaml.load(before, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+            report = in_current_keys(yaml.load(before, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
             fresh.write_text(to_yaml(with_verdict(report, found)), encoding="utf-8")
             os.replace(fresh, file)
         except OSError: return False

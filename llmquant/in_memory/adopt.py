@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 from ..core.errors import UsageError
-from ..core.qtensor import round_to_grid
+from ..core.qtensor import round_to_nearest
 from .model import ModuleSink, set_quantized_config_, plan_model
 from .quant_linear import QuantLinear
 from ..plan.plan import LayerPlan
@@ -51,7 +51,7 @@ def adopt(
             weight = source.tensor(f"{layer.name}.weight")
             check_finite(f"{layer.name}.weight", weight)
             qparams = own_qparams(adapter.get_layer_by_name(model, layer.name), layer)
-            quantized = round_to_grid(weight, layer.scheme, qparams)
+            quantized = round_to_nearest(weight, layer.scheme, qparams)
             sink.put(layer, quantized, LayerResult(layer, relative_error(weight, quantized), quantized.digest(), 0.0))
     for module in model.modules():
         if not isinstance(module, QuantLinear):

@@ -183,7 +183,7 @@ def _run(recipe:Recipe) -> dict:
         run.need, run.flow = need_of(run) if measures else (data_free_need(run), None)
         if run.source is not run.original: tight_memory()
         run.facts |= compare_transformed(run.original, run.source, run.suppressors, device)
-        by_step = bool(plan.schemes) and not run.suppressors and all(map(quantizer.promises_step, plan.schemes))
+        by_step = bool(plan.schemes) and not run.suppressors and all(map(quantizer.within_one_step, plan.schemes))
         export = Export(plan, run.adapter, run.source.config, run.facts, run.source.side_files, by_step, _verifier(run),
                         pages_writer(recipe.report))
         carry = partial(calibrated_carry if measures else _data_free_carry, run)

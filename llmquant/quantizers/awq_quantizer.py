@@ -15,7 +15,7 @@ from ..core.errors import UsageError
 from ..core.format_registry import FormatRegistry
 from ..core.qparams import fit_qparams, qparams_of_range, ranges
 from ..core.options import SYMMETRIC, Option
-from ..core.qtensor import QuantizedWeight, round_to_grid
+from ..core.qtensor import QuantizedWeight, round_to_nearest
 from ..core.quantizer_registry import BaseQuantizer
 from ..core.scheme import QuantScheme
 from ..core.smoothing import power_of_two
@@ -214,7 +214,7 @@ def quantize_weight(self:AWQQuantizer,
     "Round on clipped ranges; `stats.notes` gets the relative error of the outputs."
     check_hessians(stats, "this layer")
     weight, clip = weight.float(), self.current()["clip"] and scheme.granularity != "tensor"
-    quantized = round_to_grid(weight, scheme, clipped_grid(weight, stats.hessian, scheme) if clip else None)
+    quantized = round_to_nearest(weight, scheme, clipped_grid(weight, stats.hessian, scheme) if clip else None)
     size = lambda w: float(((w @ stats.hessian) * w).sum())
     whole = size(weight)
     stats.notes["output_error"] = (max(size(quantized.dequantize() - weight), 0) / whole)**.5 if whole > 0 else 0.

@@ -9,7 +9,7 @@ __all__ = ['HQQQuantizer']
 from fastcore.basics import patch
 from ..core.errors import UsageError
 from ..core.options import SYMMETRIC, Option
-from ..core.qtensor import QuantizedWeight, round_to_grid
+from ..core.qtensor import QuantizedWeight, round_to_nearest
 from ..core.quantizer_registry import BaseQuantizer
 from ..core.scheme import QuantScheme
 from .hqq_solver import Schedule, solve
@@ -65,7 +65,7 @@ def quantize_weight(self:HQQQuantizer,
     "Each weight to the nearest code of the grid that the solver found."
     s = self.current()
     schedule = Schedule(s["lp_norm"], s["beta"], s["kappa"], s["iterations"])
-    return round_to_grid(weight, scheme, solve(weight, scheme, schedule))
+    return round_to_nearest(weight, scheme, solve(weight, scheme, schedule))
 
 # %% ../../nbs/quantizers/hqq_quantizer.ipynb #6bcff92a
 @patch

@@ -141,7 +141,7 @@ def solve(
     weight:Tensor,      # [out_features, in_features], any float dtype
     scheme:QuantScheme, # Groups or channels
     schedule:Schedule=Schedule(), # Exponent, betas and rounds
-) -> tuple[Tensor, Tensor]: # Scales and zero points [out_features, groups], for `round_to_grid`
+) -> tuple[Tensor, Tensor]: # Scales and zero points [out_features, groups], for `round_to_nearest`
     "The grid of least lp error among those that the descent meets and plain rounding's."
     scales, zeros = (t.float() for t in fit_qparams(weight, replace(scheme, float_zeros=False)))
     shape, parts = scales.shape, grouped(weight, scheme).flatten(0, 1)

@@ -8,7 +8,7 @@ __all__ = ['MinMaxQuantizer']
 # %% ../../nbs/quantizers/minmax_quantizer.ipynb #c778001a
 from ..core.errors import UsageError
 from ..core.options import SYMMETRIC, Option
-from ..core.qtensor import QuantizedWeight, round_to_grid
+from ..core.qtensor import QuantizedWeight, round_to_nearest
 from ..core.quantizer_registry import BaseQuantizer
 from ..core.scheme import RANGE_RULES, QuantScheme
 from torch import Tensor
@@ -45,9 +45,9 @@ class MinMaxQuantizer(BaseQuantizer):
         scheme:QuantScheme, # The quantization scheme
     ) -> QuantizedWeight:
         "Round to nearest (RTN): each weight to the nearest code of its group."
-        return round_to_grid(weight, scheme)
+        return round_to_nearest(weight, scheme)
 
-    def promises_step(self,
+    def within_one_step(self,
         scheme:QuantScheme, # The scheme in use
     ) -> bool:              # True when the range covers every weight
         "Only min-max ranges hold every weight to within a step; the numbers of FP8 lie unevenly."

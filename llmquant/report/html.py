@@ -222,9 +222,9 @@ def _verification(facts: ExportFacts) -> Iterable[FT]:
     verdict = str(facts.report.get("verdict") or NOT_VERIFIED)
     bad = verdict.startswith("failed")
     yield P(Span(verdict, cls="bad" if bad else "good" if verdict.startswith("verified") else "soft"))
-    proof = {key: value for key, value in (facts.report.get("proof") or {}).items() if key in ("files", "vllm")}
-    if proof: yield table_of(flat_rows(proof))
-    if proof: yield P(source_of(REPORT, "proof"), cls="soft")
+    verification = {key: value for key, value in (facts.report.get("verification") or {}).items() if key in ("files", "vllm")}
+    if verification: yield table_of(flat_rows(verification))
+    if verification: yield P(source_of(REPORT, "verification"), cls="soft")
     else: yield Pre(Code(f"llmquant verify {serve_commands(facts)[0].line.split()[2]} --reference BASE"))
 
 def _serving(facts: ExportFacts) -> Iterable[FT]:

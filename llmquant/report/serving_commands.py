@@ -112,7 +112,7 @@ def serving_advice(
     notes = [str(note) for note in report.get("serving") or ()]
     dtype = (report.get("format") or {}).get("dtype")
     notes.append(f"The tensors are {dtype}, and vLLM computes in that unless --dtype says otherwise.")
-    served = (report.get("proof") or {}).get("vllm")
+    served = (report.get("verification") or {}).get("vllm")
     if isinstance(served, Mapping) and served.get("dtype") not in (None, dtype):
         notes.append(f"It was verified in {served['dtype']}: serve with --dtype {served['dtype']} for the verified figures.")
     if dtype == "bfloat16" and any(bits <= 4 and not inputs for _, bits, _, inputs, _ in kinds) and not any(W4A8 in n for n in notes):

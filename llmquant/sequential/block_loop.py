@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from ..core.errors import UsageError
 from ..core.names import natural_key
-from ..core.qtensor import round_to_grid
+from ..core.qtensor import round_to_nearest
 from ..core.statistics import LayerStats
 from ..plan.plan import LayerPlan, Plan
 from .activation_quantization import static_parameters
@@ -223,7 +223,7 @@ class RoundsToNearest:
         scheme,  # The `QuantScheme` of the layer
     ):           # A `QuantizedWeight`
         "The nearest codes."
-        return round_to_grid(weight, scheme)
+        return round_to_nearest(weight, scheme)
 
 # %% ../../nbs/sequential/block_loop.ipynb #405289e2
 @patch
@@ -286,7 +286,7 @@ def suppress(self:BlockLoop,
         if not view.edited:
             raise UsageError(f"block {index}: {suppressor.name} found nothing to edit among {len(pairs)} smoothing "
                              "pairs; leave it out, or give an adapter whose smoothing_pairs fit the model")
-        found = {"edited": sorted(view.edited, key=natural_key), "change": moved, **view.notes.get(suppressor.name, {})}
+        found = {"modified": sorted(view.edited, key=natural_key), "change": moved, **view.notes.get(suppressor.name, {})}
         self.suppressed.setdefault(index, {})[suppressor.name] = found
         edited |= view.edited
     return edited

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from ..core.errors import UsageError
 from ..core.model_registry import ModelRegistry
-from ..core.qtensor import round_to_grid
+from ..core.qtensor import round_to_nearest
 from ..core.smoothing import SmoothingPair, check_members
 from ..core.statistics import LayerStats
 from ..plan.plan import LayerPlan
@@ -131,7 +131,7 @@ def rounded(
 ):
     "Linears of a block with weights and inputs rounded to nearest, for a while."
     schemes = {view.find(name): view.plans[name].scheme for name in names}
-    weights = {m: round_to_grid(m.weight.detach(), s).dequantize(m.weight.dtype) for m, s in schemes.items()}
+    weights = {m: round_to_nearest(m.weight.detach(), s).dequantize(m.weight.dtype) for m, s in schemes.items()}
     inputs = {m: partial(_own_range, scheme=s.activations) for m, s in schemes.items() if s.activations}
     with _swapped(weights), quantized_inputs(inputs): yield
 
