@@ -253,7 +253,7 @@ BAD = {
     "--bits 4": "--model-path and --output-path must be given (see llmquant quantize --help)",
     "check --bits 4": "--model-path must be given (see llmquant check --help)",
     "check /": "unknown argument /; it stands behind no flag, and a model is given as --model-path /",
-    "/ --bits 4": "unknown command '/'; known: quantize, check, verify, evaluate, info, list; to quantize it write --model-path /",
+    "/ --bits 4": "unknown command '/'; known: quantize, check, verify, evaluate, compare, info, list; to quantize it write --model-path /",
     "version": "did you mean '--version'?",
     "MODEL --set bits=": "--set quantization.bits: None",
     "MODEL --set rounds=": "--set quantization.rounds: unknown key",

@@ -1,6 +1,6 @@
 "The lm-eval stage on tiny models: hf in this process, vLLM in its own."
 import json
-import os
+import math
 import shutil
 import signal
 import subprocess
@@ -46,11 +46,34 @@ metadata: {version: 2.0}
 """
 
 
+PAGES = """task: pages
+dataset_path: json
+dataset_kwargs: {data_files: {test: pages.jsonl}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: text
+metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]
+metadata: {version: 1.0}
+"""
+ECHO = """task: echo
+dataset_path: json
+dataset_kwargs: {data_files: {test: words.jsonl}}
+test_split: test
+output_type: generate_until
+generation_kwargs: {until: ["\\n"], max_gen_toks: 3}
+doc_to_text: start
+doc_to_target: last
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+metadata: {version: 1.0}
+"""
+
+
 def lines(rows): return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def write_tasks(folder):
-    "Two tasks of choices and one of continuations, 12 documents each."
+    "Two tasks of choices, one of continuations, one of pages, one of generation."
     for name, step in ("sums", 1), ("more_sums", 2):
         rows = [{"question": f"{a} + {step} =", "choices": [str(a), str(a + step)], "label": a % 2} for a in range(12)]
         (folder/f"{name}.yaml").write_text(SUMS.format(name=name))
@@ -58,6 +81,10 @@ def write_tasks(folder):
     (folder/"words.yaml").write_text(WORDS)
     rows = [{"start": f"number {a} comes before", "last": str(a + 1)} for a in range(12)]
     (folder/"words.jsonl").write_text(lines(rows))
+    (folder/"pages.yaml").write_text(PAGES)
+    rows = [{"text": f"Page {a} has a few words more than fit into a window."} for a in range(3)]
+    (folder/"pages.jsonl").write_text(lines(rows))
+    (folder/"echo.yaml").write_text(ECHO)
     return folder
 
 
@@ -219,6 +246,29 @@ def test_perplexity_and_kl_divergence_on_a_text(models, export, tmp_path, capsys
     assert main(command) == 0 and samples(export) == before and read_results(export)["text"] == text
 
 
+def test_pages_and_generations(models, export):
+    "A log-likelihood of whole pages, by a plain loop over one window; and texts that are generated."
+    results = ask(export, models, "pages,echo")
+    from transformers import AutoTokenizer
+
+    from llmquant import load
+    tokenizer, model = AutoTokenizer.from_pretrained(models[0]), load(models[0], dtype=torch.float32)
+    pages = [json.loads(line)["text"] for line in (models[2]/"pages.jsonl").read_text().splitlines()]
+    total = 0.0
+    for page in pages:
+        ids = [tokenizer.bos_token_id, *tokenizer(page)["input_ids"]]
+        with torch.no_grad(): table = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        total += sum(table[at - 1, ids[at]].item() for at in range(1, len(ids)))
+    found = results["tasks"]["pages"]["metrics"]
+    size = sum(len(page.encode()) for page in pages)
+    assert found["bits_per_byte"]["base"] == pytest.approx(-total / size / math.log(2), abs=1e-3)
+    assert found["bits_per_byte"]["difference_of"] == "mean log-likelihood" and "flips" not in results["tasks"]["pages"]
+    assert results["tasks"]["echo"]["metrics"]["exact_match"]["base"] == 0
+    file, = (export/"evaluation"/"samples").glob("export-echo-*.jsonl")
+    answers = [json.loads(line)["responses"] for line in file.read_text().splitlines()]
+    assert len(answers) == 12 and all(isinstance(text, str) for texts in answers for text in texts)
+
+
 def test_the_offline_tasks_are_the_default(models, export):
     results = evaluate(export, models[0], backend="hf", limit=2)
     assert set(results["tasks"]) == {"llmquant_agreement", "llmquant_knowledge"}
@@ -346,11 +396,11 @@ def test_the_command_answers_without_lm_eval_or_torch():
 
 @vllm
 def test_vllm_answers_as_the_dequantized_model_does(models, export):
-    results = ask(export, models, "sums,words", backend="vllm", dtype="float16", check_agreement=8)
+    results = ask(export, models, "sums,words,pages", backend="vllm", dtype="float16", check_agreement=8, max_length=20)
     assert results["settings"]["dtype"] == "float16" and results["settings"]["versions"]["vllm"]
     for role in "base", "export":
         found = results["agreement"][role]
-        assert found["items"] == 16 and found["equal_answers"] == 1 and found["largest_difference"] < 0.1
+        assert found["items"] == 19 and found["equal_answers"] == 1 and found["largest_difference"] < 0.1
     assert results["requests"]["hf"] == results["requests"]["vllm"]
     assert results["requests"]["vllm"]["first_tokens"][0] == "0"
 

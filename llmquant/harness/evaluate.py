@@ -7,7 +7,7 @@ __all__ = ['logger', 'ROLES', 'ASKED_SEED', 'RESULTS', 'DEMO_TEXT', 'DEFAULT_TAS
            'checked_number', 'check_gates', 'prepare', 'run_fingerprint', 'job_of', 'report_task', 'answers',
            'check_dtypes', 'compared_tasks', 'all_notes', 'shown_requests', 'other_backend', 'backends_compared',
            'asked_text', 'text_file', 'text_answers', 'model_facts', 'write_results', 'read_results', 'sole_writer',
-           'measured', 'asked_for', 'evaluate', 'forget']
+           'measured', 'asked_for', 'evaluate', 'told_to_resume', 'forget']
 
 # %% ../../nbs/harness/evaluate.ipynb #858c8c2a
 import json
@@ -27,12 +27,12 @@ from ..core.errors import LLMQuantError, UsageError
 from ..evaluation.verification_config import read_report
 from ..evaluation.vllm_check import vllm_installed
 from ..export.report import to_yaml
-from .agreement import agreement
+from .agreement import agreement, agreement_note
 from .backends import (HarnessJob, answer_job, ask_child, quiet_libraries, read_samples, remove_parts,
                                        require_backend, waiting, put_whole)
 from .gate import TEXT_GATES, Gate, gated_tasks, judge, parse_gate
-from .identity import (base_of, check_models, fingerprint, model_digest, model_files, resolved_dtype,
-                                       resolved_length, versions)
+from .identity import (base_of, check_models, device_name, fingerprint, model_digest, model_files,
+                                       resolved_dtype, resolved_length, versions)
 from .scores import compared_task
 from .tasks import TaskPlan, build_tasks, chance, plan_tasks, task_identity
 from .traps import check_answers, checked_limit, run_notes, same_requests, task_notes
@@ -124,7 +124,8 @@ def prepare(
     check_gates(gates, built, asked["text"] is not None)
     identities = {name: task_identity(task, exact["limit"]) for name, task in built.items()}
     models = {"base": base, "export": export}
-    whole = {**settings, **exact, "seed": ASKED_SEED, "versions": versions(settings["backend"])}
+    whole = {**settings, **exact, "seed": ASKED_SEED, "device": device_name(),
+             "versions": versions(settings["backend"])}
     return Prepared(models, {role: model_digest(path) for role, path in models.items()}, plan, identities,
                     {name: chance(task, exact["limit"]) for name, task in built.items()}, whole, asked, folder,
                     Path(samples).expanduser().resolve() if samples else folder/"samples", settings["dtype"] == "auto")
@@ -134,7 +135,7 @@ def run_fingerprint(
     run: Prepared,  # everything
 ) -> str:           # 64 hexadecimal digits
     "The fingerprint of a whole run."
-    return fingerprint(run.digests, run.tasks, run.settings, run.asked)
+    return fingerprint(run.digests, run.tasks, run.settings, run.asked, run.flexible)
 
 def job_of(
     run: Prepared,  # everything
@@ -353,6 +354,7 @@ def measured(
         results["requests"][other_backend(run, 1).settings["backend"]] = shown
         notes = results["requests"]["notes"]
         if shown != shown_requests(first): notes.append("the two backends feed the model other token ids")
+        notes += filter(None, (agreement_note(role, found) for role, found in results["agreement"].items()))
     if text: results["text"] = text
     return results | {"seconds": {"total": round(time.perf_counter() - start, 3)}}
 
@@ -400,7 +402,7 @@ def evaluate(
     names = tasks.split(",") if isinstance(tasks, str) else list(tasks)
     asked = asked_for(check_agreement, backend, asked_text(text, context, stride, windows))
     run = prepare(export, base, names, task_folder, settings, asked, output, samples, parsed)
-    with sole_writer(run.folder):
+    with sole_writer(run.folder), told_to_resume(run):
         earlier = read_results(run.folder) if reuse else None
         if earlier and earlier["fingerprint"] == run_fingerprint(run):
             logger.info("%s: the results of the same fingerprint; --no-reuse measures again", run.folder/RESULTS)
@@ -411,6 +413,16 @@ def evaluate(
         results["gates"] = [verdict for gate in parsed for verdict in judge(gate, results)]
         write_results(run.folder, results)
     return results
+
+@contextmanager
+def told_to_resume(
+    run: Prepared,  # everything
+):
+    "Whoever stops a run learns what is kept."
+    try: yield
+    except KeyboardInterrupt as stop:
+        stop.add_note(f"tasks that were answered are kept in {run.samples}, and the same command resumes from there")
+        raise
 
 def forget(
     run: Prepared,  # everything

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAME', 'ASKED_DTYPES', 'LENGTH', 'model_files', 'model_digest', 'base_of', 'check_models', 'resolved_dtype',
-           'resolved_length', 'versions', 'fingerprint']
+           'resolved_length', 'versions', 'device_name', 'fingerprint']
 
 # %% ../../nbs/harness/identity.ipynb #282f095e
 import hashlib
@@ -119,6 +119,11 @@ def versions(
         try: found[name.removesuffix("-cpu")] = version(name)
         except PackageNotFoundError: continue
     return found
+
+def device_name() -> str:
+    "The GPU that computes, or cpu."
+    import torch
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
 
 def fingerprint(
     *parts,  # plain values
