@@ -60,7 +60,7 @@ def sliding_windows(
     tokens: Sequence[int],  # of the text, without special ones
     prefix: Sequence[int] = (),  # what stands in front of each window
     context: int = 512,  # tokens in a window, prefix included
-    stride: int = 256,  # tokens that are new in each
+    stride: int = 384,  # tokens that are new in each
     windows: int | None = None,  # how many, from the start; all that are whole when absent
 ) -> SlidingWindows:
     "Cut a text; `UsageError` when it is too short, or the numbers do not fit each other."
@@ -258,8 +258,8 @@ def text_metrics(
     backend: str = "vllm",  # "vllm" as it is served, or "hf" in transformers
     dtype: str = "auto",  # that weights are served in; "auto" as the checkpoints have it
     context: int = 512,  # tokens in a window
-    stride: int = 256,  # of them new
-    windows: int | None = 32,  # how many; None for the whole text
+    stride: int = 384,  # of them new
+    windows: int | None = 24,  # how many; None for the whole text
     seed: int = 0,  # of the bootstrap
     progress: Callable[[Iterable], Iterable] = iter,  # wraps the windows, to show a bar
 ) -> dict:  # plain values
