@@ -84,7 +84,7 @@ def results(hostile=""):
     tasks = {f"piqa{hostile}": task(0.665, 0.645, -0.06, 0.02, 0.5), "arc_easy": task(0.5625, 0.4875, -0.12, -0.03, 0.25)}
     text = {"name": "reference", "tokens": 4096, "perplexity": {"base": 20.315, "export": 23.75, "ratio": 1.169,
             "interval": [1.15, 1.19]}, "kl": {"mean": 0.0431, "p99": 0.52, "max": 3.07, "top1_agreement": 0.884}}
-    gates = [{"gate": "acc>=-0.02", "task": "arc_easy", "metric": "acc", "passed": False, "sentence": "lost too much"}]
+    gates = [{"gate": "acc>=-0.02", "task": "arc_easy", "metric": "acc", "passed": False, "sentence": "acc>=-0.02: lost too much"}]
     return {"llmquant": "0", "fingerprint": "ab", "settings": {"backend": "vllm", "limit": 200}, "tasks": tasks, "text": text,
             "gates": gates, "requests": {"notes": [f"no BOS{hostile}"]}}
 
@@ -207,7 +207,7 @@ def test_the_scores_are_those_of_the_results(measured):
     text = " ".join(page.titles)
     for part in "piqa 0.665 and 0.645", "arc_easy -0.075 (-0.120 to -0.030)", "base 20.32, export 23.75", "mean 0.0431":
         assert part in text, part
-    assert "acc&gt;=-0.02. lost too much" in (measured/PAGE).read_text()
+    assert "acc&gt;=-0.02: lost too much" in (measured/PAGE).read_text()
     card = (measured/CARD).read_text()
     assert r"| piqa | acc | 200 | 0.665 | 0.645 | -0.020 (-0.060 to +0.020) |" in card and "0.0431 nats" in card
 

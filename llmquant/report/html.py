@@ -121,7 +121,7 @@ def _gates(results: Mapping) -> Iterable[FT]:
     "What was asked of the export, and whether it holds."
     for gate in results.get("gates") or ():
         passed = gate.get("passed")
-        yield Li(Span("passed" if passed else "not passed", cls="good" if passed else "bad"), f": {gate.get('gate')}. {gate.get('sentence', '')}")
+        yield Li(Span("passed" if passed else "not passed", cls="good" if passed else "bad"), f": {gate.get('sentence', '')}")
 
 def _score_rows(tasks: Mapping) -> Iterable[tuple]:
     "Every metric of every task."

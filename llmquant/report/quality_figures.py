@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from .figures import WIDTH, label_of
+from .figures import label_of, plot_area
 from ..utils.plot_style import COLOURS, HATCHES, INK, described, plain_log, plot_style
 
 # %% ../../nbs/report/quality_figures.ipynb #ba96cf72
@@ -32,8 +32,8 @@ def score_figure(
     "Base and export on each task, with 95 % intervals and the level of guessing."
     metrics = main_metrics(tasks)
     if not metrics: return None
-    figure = Figure(figsize=(WIDTH, 1.2 + 0.42 * len(metrics)), layout="constrained")
-    axes, told = figure.subplots(), []
+    labels = [f"{label_of(task, 22)}\n{label_of(metric, 14)}" for task, (metric, _) in metrics.items()]
+    (figure, axes), told = plot_area(0.15 + 0.42 * len(metrics), labels, top=0.28), []
     for place, (task, (metric, found)) in enumerate(metrics.items()):
         for side, shift, colour, marker in ("base", -0.14, COLOURS[6], "o"), ("export", 0.14, COLOURS[1], "s"):
             axes.errorbar(found[side], place + shift, xerr=1.96 * (found.get(f"{side}_stderr") or 0), color=colour, marker=marker,
@@ -42,7 +42,7 @@ def score_figure(
             axes.plot([chance] * 2, [place - 0.4, place + 0.4], color=INK, linestyle=":", linewidth=1.2)
         told.append(f"{label_of(task)} {found['base']:.3f} and {found['export']:.3f}")
     axes.plot([], [], color=INK, linestyle=":", label="guessing")
-    axes.set(yticks=range(len(metrics)), yticklabels=[f"{label_of(t, 22)}\n{label_of(m, 14)}" for t, (m, _) in metrics.items()],
+    axes.set(yticks=range(len(metrics)), yticklabels=labels,
              ylim=(len(metrics) - 0.5, -0.5), xlabel="score (share of the items, 0 to 1)")
     axes.grid(axis="x")
     axes.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
@@ -56,8 +56,8 @@ def difference_figure(
     "Export less base on the same items, with the 95 % interval of the paired difference."
     metrics = {task: found for task, (_, found) in main_metrics(tasks).items() if found.get("interval")}
     if not metrics: return None
-    figure = Figure(figsize=(WIDTH, 0.85 + 0.32 * len(metrics)), layout="constrained")
-    axes, told = figure.subplots(), []
+    labels = [label_of(task, 22) for task in metrics]
+    (figure, axes), told = plot_area(0.15 + 0.32 * len(metrics), labels), []
     for place, (task, found) in enumerate(metrics.items()):
         (low, high), middle = found["interval"], found["difference"]
         sure = high < 0 or low > 0
@@ -65,7 +65,7 @@ def difference_figure(
         axes.plot(middle, place, "D" if sure else "o", color=COLOURS[2] if sure else COLOURS[4], markeredgecolor=INK, markersize=6)
         told.append(f"{label_of(task)} {middle:+.3f} ({low:+.3f} to {high:+.3f})")
     axes.axvline(0, color=INK, linewidth=0.8, linestyle="--")
-    axes.set(yticks=range(len(metrics)), yticklabels=[label_of(task, 22) for task in metrics], ylim=(len(metrics) - 0.5, -0.5),
+    axes.set(yticks=range(len(metrics)), yticklabels=labels, ylim=(len(metrics) - 0.5, -0.5),
              xlabel="score of the export less that of the base")
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.grid(axis="x")
@@ -79,8 +79,8 @@ def perplexity_figure(
     "Perplexity of base and export."
     found = text.get("perplexity") or {}
     if found.get("base") is None or found.get("export") is None: return None
-    figure = Figure(figsize=(WIDTH, 1.45), layout="constrained")
-    axes, sides = figure.subplots(), ("base", "export")
+    sides = "base", "export"
+    figure, axes = plot_area(0.8, sides)
     axes.barh(sides, [found[side] for side in sides], color=(COLOURS[6], COLOURS[1]), hatch=HATCHES[:2], edgecolor="white")
     for side in sides:
         axes.annotate(f"{found[side]:,.4g}", (found[side], side), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
@@ -99,8 +99,7 @@ def divergence_figure(
     found = {word: (text.get("kl") or {}).get(key) for key, word in words.items()}
     found = {word: value for word, value in found.items() if value is not None and value > 0}
     if not found: return None
-    figure = Figure(figsize=(WIDTH, 0.9 + 0.22 * len(found)), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = plot_area(0.25 + 0.25 * len(found), list(found))
     least = min(found.values()) / 3
     for place, value in enumerate(found.values()):
         axes.plot([least, value], [place, place], color=COLOURS[1])
