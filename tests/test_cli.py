@@ -404,7 +404,7 @@ def test_flags_reach_the_recipe(monkeypatch, capsys):
     monkeypatch.setattr("llmquant.pipeline.run.run", lambda recipe: seen.append(recipe) or report)
     text = ("--verbose --model-path a --output-path b --method minmax --bits 8 --group-size -1 --layer-wise "
             "--layers 0,2-3 --outlier-suppression none --calibration-dataset none --format compressed-tensors "
-            "--container dense --verify --overwrite --seed 7 --device cpu --max-shard-size 1GB --torch-dtype float16 "
+            "--container dense --verify --report --overwrite --seed 7 --device cpu --max-shard-size 1GB --torch-dtype float16 "
             "--resume --max-memory 8GiB --activation-bits 8 --set quantization.zero_point=false")
     assert cli.main(text.split()) == 0
     expected = dict(verbose=True, model_path="a", output_path="b", method="minmax", bits=8, group_size=-1,

@@ -322,6 +322,18 @@ def test_a_verification_rewrites_the_pages(export, base, monkeypatch, caplog):
     assert write_card(export) and is_unedited((export/CARD).read_text())
 
 
+def test_a_damaged_export_shows_no_old_verdict(export, base, monkeypatch, capsys):
+    "The page of an export that verified once, and cannot be read now, is removed; what is wrong is printed all the same."
+    monkeypatch.setattr(verification, "vllm_installed", lambda: False)
+    assert main(["verify", str(export), "--reference", str(base), "--quiet"]) == 0
+    config = json.loads((export/"config.json").read_text())
+    del config["quantization_config"]["config_groups"]
+    (export/"config.json").write_text(json.dumps(config))
+    assert main(["verify", str(export), "--reference", str(base)]) > 0
+    assert "config_groups" in capsys.readouterr().err.splitlines()[-1]
+    assert not (export/PAGE).exists() and not (export/CARD).exists() and (export/BASE_CARD).exists()
+
+
 def test_an_export_with_all_of_it_is_still_an_export(measured, base, monkeypatch):
     monkeypatch.setattr(verification, "vllm_installed", lambda: False)
     assert "added_later" not in verification.verify(measured, base)["files"]

@@ -199,17 +199,17 @@ def _verify(arguments) -> str:
     from llmquant.evaluation.verification import verify
     from llmquant.export.export import REPORT, verdict_writer
     from llmquant.export.report import verdict
-    from llmquant.report.pages import refresh_pages
+    from llmquant.report.pages import update_verdict
     from llmquant.cli.summary import verification_text
     folder = Path(arguments.export).expanduser()
     put = verdict_writer(folder)
     try: found = verify(Path(arguments.export), arguments.reference, bound=bound, stock=arguments.stock or None,
                         require_vllm=arguments.stock or bound is not None)
     except LLMQuantError as error:
-        if _concerns_export(arguments) and put(error): refresh_pages(folder)
+        if _concerns_export(arguments) and put(error): update_verdict(folder)
         raise
     written = put(found)
-    if written: refresh_pages(folder)
+    if written: update_verdict(folder)
     where = f"{'' if written else 'not '}written into {REPORT}"
     return "" if arguments.quiet else f"{verdict(found)}\n{verification_text(found, arguments.verbose)}{where}\n"
 

@@ -132,8 +132,8 @@ def _score_rows(tasks: Mapping) -> Iterable[tuple]:
             interval = found.get("interval") or ()
             shown = [f"{value:+.4f}" for value in interval]
             sides = [f"{found[side]:.4f}" if isinstance(found.get(side), float) else str(found.get(side)) for side in ("base", "export")]
-            p = found.get("mcnemar_p")
-            yield (Code(task), Code(metric), result.get("n", 0), *sides, f"{found['difference']:+.4f}" if "difference" in found else "",
+            p, of = found.get("mcnemar_p"), f" ({found['difference_of']})" if "difference_of" in found else ""
+            yield (Code(task), Code(metric), result.get("n", 0), *sides, f"{found['difference']:+.4f}{of}" if "difference" in found else "",
                    " to ".join(shown), "" if p is None else f"{p:.3g}", turned)
 
 def _text_sentence(text: Mapping) -> str:
