@@ -17,7 +17,7 @@ from ..checkpoint.folders import REPORT
 from ..checkpoint.side_files import BASE_CARD, EVALUATION
 from ..checkpoint.source import read_json
 from ..core.errors import UsageError
-from ..evaluation.verification_config import read_report
+from ..evaluation.verification_config import check_quantization, damaged, read_report
 
 # %% ../../nbs/report/facts.ipynb #313dc446
 def card_metadata(
@@ -74,13 +74,23 @@ def _results(folder: Path) -> dict | None:
     if isinstance(found, dict): return found
     raise UsageError(f"{file}: is damaged; delete it and run llmquant evaluate again")
 
+def _check_sizes(report: Mapping[str, Any], file: Path):
+    "`UsageError` for a report without the figures that every run writes."
+    sizes = report.get("sizes") if isinstance(report.get("sizes"), Mapping) else {}
+    if not all(type(sizes.get(key)) is int for key in ("checkpoint", "export", "quantized_layers", "quantized_layers_in_float")):
+        raise damaged(file, "has no mapping sizes of bytes")
+    if lacks := [name for name, layer in report["layers"].items() if type(layer.get("relative_error")) not in (int, float)]:
+        raise damaged(file, f"layers: {lacks[0]} has no relative_error")
+
 def read_facts(
     folder: str | Path,  # of an export
     name: str = "",  # what it will be called, while it has not its final name
 ) -> ExportFacts:
-    "Read what the pages need; `UsageError` for a folder that is no export, or is damaged."
+    "Read what the pages need; `UsageError` or `VerificationError` for a folder that is no export, or is damaged."
     folder = Path(folder).expanduser()
-    report, card = read_report(folder), folder/BASE_CARD
+    report, card, config = read_report(folder), folder/BASE_CARD, read_json(folder/"config.json")
+    _check_sizes(report, folder/REPORT)
+    check_quantization(config, report, folder/"config.json")
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    return ExportFacts(folder, name or folder.resolve().name, report, read_json(folder/"config.json"), _results(folder),
+    return ExportFacts(folder, name or folder.resolve().name, report, config, _results(folder),
                        card_metadata(text))
