@@ -116,7 +116,7 @@ class Remembering(Nearest):
         return super().quantize(model, *args, **kwargs)
 
 
-QUANTIZERS = {Nameless: "is_a_quantizer", Empty: "is_a_quantizer", LooseOptions: "options_are_configurable",
+QUANTIZERS = {Nameless: "is_a_quantizer", Empty: "is_a_quantizer", LooseOptions: "is_a_quantizer",
               Deaf: "unknown_options_are_refused", Sticky: "settings_are_each_instances_own",
               AsksTooMuch: "statistics_are_known", AsksTooLittle: "declared_statistics_are_enough",
               OffGrid: "results_are_on_the_grid", OneDtype: "every_dtype_is_taken", InPlace: "input_is_not_changed",

@@ -371,7 +371,7 @@ def test_a_broken_package_stops_only_itself(third_party, base, tmp_path):
     "The other methods work beside one warning; who asks for the broken one is told which package to repair."
     (tmp_path / "elsewhere" / "thirdparty_quant" / "__init__.py").write_text("import no_such_module")
     common = ["--model-path", base, "--group-size", 32]
-    said = "package thirdparty-quant cannot be loaded"
+    said = "package thirdparty-quant 1.0 cannot be loaded"
     done = run(third_party, *common, "--output-path", tmp_path / "out")
     assert done.returncode == 0 and done.stderr.count(said) == 1, done.stderr
     assert "Traceback" not in done.stderr and (tmp_path / "out" / "config.json").exists()

@@ -14,14 +14,15 @@ from fastcore.basics import patch
 from .errors import UsageError
 from .options import Option, parse_options
 from .registry import Registry, by_name
+from .statistics import check_statistics
 
 # %% ../../nbs/core/outlier_suppression_registry.ipynb #2568d441
 class BaseOutlierSuppressor:
     "One outlier suppression method; subclasses write `apply_to_pair`, `apply_to_block`, `transform` or `apply`."
-    name = ""                          # As it is registered
-    scope = "block"                    # "block" or "model"
+    name: str = ""                     # As it is registered
+    scope: str = "block"               # "block" or "model"
     options: tuple[Option, ...] = ()   # What the section quantization.NAME may say
-    trials = 0                         # About how many edits of a pair it tries, where it searches
+    trials: int = 0                    # About how many edits of a pair it tries, where it searches
     settings = MappingProxyType({})    # The options' values, set by `configure`
 
     def configure(self,
@@ -115,6 +116,7 @@ def _check_suppressor(name:str, cls:type):
         raise UsageError(f"outlier suppressor {name!r}: {cls.__name__} is not a subclass of BaseOutlierSuppressor")
     if not defines(cls, *HOOKS):
         raise UsageError(f"outlier suppressor {name!r}: {cls.__name__} does not define any of {', '.join(HOOKS)}")
+    check_statistics(cls().needed_statistics(), f"outlier suppressor {name!r}")
     if cls.scope not in ("block", "model"):
         raise UsageError(f"outlier suppressor {name!r}: scope {cls.scope!r} is not one of block, model")
     if cls.scope == "model" and not defines(cls, "transform", "apply"):

@@ -18,16 +18,19 @@ from .options import SYMMETRIC, Option, parse_options
 from .qtensor import QuantizedWeight
 from .registry import Registry, by_name
 from .scheme import QuantScheme, scheme_for
+from .statistics import check_statistics
 
 # %% ../../nbs/core/quantizer_registry.ipynb #33186618
 class BaseQuantizer:
     "One quantization method; subclasses write `quantize_weight`, or the guide's `quantize`."
-    name = ""                                # Overridden by the class or in its constructor
+    name: str = ""                           # Overridden by the class or in its constructor
     options: tuple[Option, ...] = ()         # What users may set, besides `symmetric`
-    supported_bits = (2, 3, 4, 8, 16)        # 16 leaves the model as it is
-    supported_group_sizes = (32, 64, 128, 256) # The usual ones; any that divides in_features works
-    floats = False                           # Whether it makes FP8 codes, too
-    stacks_rows = False                      # Rows do not see each other: Linears with one input may be stacked
+    supported_bits: tuple[int, ...] = (2, 3, 4, 8, 16) # 16 leaves the model as it is
+    supported_group_sizes: tuple[int, ...] = (32, 64, 128, 256) # The usual ones; any that divides in_features works
+    floats: bool = False                     # Whether it makes FP8 codes, too
+    expected_error: float = 0.1              # Relative error of a normal weight at its widest grid that `check_quantizer` allows
+    stacks_rows: bool = False                # Rows do not see each other: Linears with one input may be stacked
+    originals = MappingProxyType({})         # Weights as they were before a `quantize` of its own, by name, for the report
     settings = MappingProxyType({})          # The options' values, set by `configure`
     activations = None                       # An `ActivationScheme` when inputs are quantized too; the recipe's
 
@@ -186,6 +189,7 @@ def _check_quantizer(name:str, cls:type):
         raise UsageError(f"method {name!r}: {cls.__name__} is not a subclass of BaseQuantizer")
     if cls.quantize_weight is BaseQuantizer.quantize_weight and cls.quantize is BaseQuantizer.quantize:
         raise UsageError(f"method {name!r}: {cls.__name__} defines neither quantize_weight nor quantize")
+    check_statistics(cls().needed_statistics(), f"method {name!r}")
     said = getattr_static(cls, "data_free")
     if not isinstance(said, bool) or cls.quantize is not BaseQuantizer.quantize: return
     if said == bool(asked := tuple(cls().needed_statistics())):

@@ -88,9 +88,15 @@ def check_members(
 def _check_scale(producer:nn.Module, scale:Tensor, pair:SmoothingPair):
     "`UsageError` when a factor is no positive number, or there are too many or too few."
     channels = len(producer.weight)
-    if scale.shape != (channels,) or not (torch.isfinite(scale) & (scale > 0)).all():
-        raise UsageError(f"{pair.producer}: factors of shape {list(scale.shape)}; must be {channels} positive "
-                         "numbers, one for each channel of its output")
+    if not torch.is_tensor(scale) or scale.shape != (channels,):
+        given = f"factors of shape {list(scale.shape)}" if torch.is_tensor(scale) else f"the factor {scale!r:.80}"
+        raise UsageError(f"{pair.producer}: {given}; must be a tensor of {channels} positive numbers, one for each channel "
+                         "of its output")
+    bad = ~(torch.isfinite(scale) & (scale > 0))
+    if bad.any():
+        first = int(bad.nonzero()[0])
+        raise UsageError(f"{pair.producer}: the factor of channel {first} is {float(scale[first])}, of {int(bad.sum())} that "
+                         "are not positive and finite; clamp what may be zero before dividing by it")
 
 # %% ../../nbs/core/smoothing.ipynb #3b5e8ea9
 def _divide_(producer:nn.Module, scale:Tensor, pair:SmoothingPair, dtype:torch.dtype, exact:bool) -> Tensor:

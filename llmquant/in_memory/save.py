@@ -27,6 +27,7 @@ from ..models.text_config import text_config
 from ..plan.plan import (LayerPlan, Plan, export_dtype, fused_table, kept_tensors, nbytes, other_names,
                                 server_notes)
 from ..report.pages import pages_writer
+from ..utils.components import third_parties
 from ..sequential.layer import LayerResult, cast
 
 # %% ../../nbs/in_memory/save.ipynb #1703a141
@@ -151,7 +152,8 @@ def export_model(
     plan.check_servable()
     commit = getattr(model.config, "_commit_hash", None) # of a model that transformers took from the hub
     facts = facts or {"model": {"path": str(source) if source else None, "adapter": adapter.model_type,
-                                **({"commit": commit, "name": model.name_or_path} if commit else {})}}
+                                **({"commit": commit, "name": model.name_or_path} if commit else {})},
+                      **third_parties(plan.method, getattr(model, "suppressed_by", {}), adapter)}
     if source and (changes := changed_keys(model, read_json(Path(source)/"config.json"))):
         facts = {**facts, "config_changes": changes}
     if said := getattr(model, "suppressed_by", None): facts = {**facts, "outlier_suppression": said}

@@ -25,7 +25,7 @@ from ..utils.config import resolve
 from ..utils.logging import progress
 from ..sequential.block_source import for_model
 from ..sequential.decoder_loop import Storage, start_blocks
-from ..sequential.equivalence import check_supported, compare_transformed
+from ..sequential.equivalence import check_supported, compare_transformed, transformed_by
 
 # %% ../../nbs/in_memory/suppress.ipynb #bfa3b575
 class Originals:
@@ -248,7 +248,7 @@ def transform_model(
     adapter = ModelRegistry.for_config(model.config.to_dict())
     source = Originals(ModelSource(model, adapter), whole=True) # an edit may read any of them
     check_supported(suppressor, adapter, source.config)
-    view = suppressor.transform(source, adapter)
+    view = transformed_by(suppressor, source, adapter)
     head = untied_head(suppressor, source, view)
     compare_transformed(source, view, [suppressor], str(model.device))
     if view is not source:

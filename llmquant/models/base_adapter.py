@@ -56,19 +56,20 @@ def _of_its_types(method):
 # %% ../../nbs/models/base_adapter.ipynb #a8d0c771
 class Architecture:
     "What a family looks like in a checkpoint: tables as class attributes, answers from names and shapes."
-    model_type = "default"            # name of the family, also in vllm_config.json
-    model_types: tuple = ()           # values of config.model_type that the tables below are for
-    blocks = ""                       # where the decoder blocks are, "" until a skeleton was built
-    head = "lm_head"                  # module name of the output head
-    embedding = "model.embed_tokens.weight"
-    linears: tuple = ()               # names inside a block that are quantized
-    floats: dict = {}                 # names inside a block that stay in float -> reason
-    needs: tuple = ()                 # what each block must hold, "a|b" for one of them; () means linears
-    fused: tuple = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"),
+    model_type: str = "default"       # name of the family, also in vllm_config.json
+    model_types: tuple[str, ...] = () # values of config.model_type that the tables below are for
+    patterns: tuple[str, ...] = ()    # parts of names by which it is found where no adapter claims the model type
+    blocks: str = ""                  # where the decoder blocks are, "" until a skeleton was built
+    head: str = "lm_head"             # module name of the output head
+    embedding: str = "model.embed_tokens.weight" # tensor name of the input embedding
+    linears: tuple[str, ...] = ()     # names inside a block that are quantized
+    floats: dict[str, str] = {}       # names inside a block that stay in float -> reason
+    needs: tuple[str, ...] = ()       # what each block must hold, "a|b" for one of them; () means linears
+    fused: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"),
                     ("in_proj_qkv", "in_proj_z"), ("in_proj_b", "in_proj_a")) # what vLLM fuses, for want of a vLLM
     joined = MappingProxyType({"qkv_proj": fused[0], "gate_up_proj": fused[1], "fused_qkv_a_proj": fused[2],
                                "in_proj_qkvz": fused[3], "in_proj_ba": fused[4]}) # vLLM's names of fused weights
-    keep: tuple = ("e_score_correction_bias",)  # parts of names of tensors that keep their dtype
+    keep: tuple[str, ...] = ("e_score_correction_bias",)  # parts of names of tensors that keep their dtype
     seen: dict = {}                   # configuration and sites that were looked at last
 
     def __init_subclass__(cls, **kwargs):
@@ -76,6 +77,12 @@ class Architecture:
         super().__init_subclass__(**kwargs)
         for name in ("smoothing_pairs", "rotation_sites"):
             if name in vars(cls): setattr(cls, name, _of_its_types(vars(cls)[name]))
+
+    def reads_names(self,
+        config: dict, # config.json, parsed
+    ) -> bool:
+        "Whether the tables of names are for this model: it has some, and the model's type is one of its own."
+        return bool(self.linears) and (not self.model_types or config.get("model_type") in self.model_types)
 
     def smoothing_pairs(self,
         config: dict, # config.json, parsed
@@ -98,7 +105,7 @@ def linear_sites(self:Architecture,
     shapes: dict,      # tensor name -> shape
 ) -> list[LinearSite]:
     "Every Linear of the checkpoint, in natural order, each with its fate and the reason."
-    by_names = config.get("model_type") in self.model_types and any(n.startswith(f"{self.blocks}.") for n in shapes)
+    by_names = self.reads_names(config) and any(n.startswith(f"{self.blocks}.") for n in shapes)
     sites = (sites_by_names if by_names else sites_by_skeleton)(self, config, shapes)
     self.seen = {"config": config, "sites": sites}
     return sites

@@ -276,7 +276,11 @@ def sites_by_skeleton(
         raise UsageError(f"model type {config['model_type']!r}: no nn.Linear in the decoder blocks {prefix}.* of "
                          f"{type(model).__name__}; such a model (Conv1D, for example) needs an adapter of its own")
     inner = next(name for name, site in found.items() if site.block is not None)
+    declared = adapter.blocks
     adapter.blocks = re.match(r"(.*?)\.\d+\.", inner)[1] if split_block(inner, prefix)[0] is None else prefix
+    if adapter.reads_names(config) and declared not in (prefix, adapter.blocks):
+        raise UsageError(f"{type(adapter).__name__} has its blocks in {declared!r}, and this model's are in {prefix!r}, so that "
+                         "its linears would be ignored; correct blocks, or leave linears out to have all Linears quantized")
     adapter.keep += tuple(sorted({*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())} - {*adapter.keep}))
     check_beyond(config, shapes, adapter.blocks, len(blocks))
     rest = [leftover_site(n, s, adapter.blocks, len(blocks), known) for n, s in shapes.items() if n not in found]

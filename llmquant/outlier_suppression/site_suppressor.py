@@ -6,6 +6,7 @@
 __all__ = ['sites_of', 'SiteSuppressor']
 
 # %% ../../nbs/outlier_suppression/site_suppressor.ipynb #1e920f20
+from abc import abstractmethod
 import torch
 from fastcore.basics import patch
 from ..core.errors import UsageError
@@ -30,11 +31,11 @@ def sites_of(
 # %% ../../nbs/outlier_suppression/site_suppressor.ipynb #5746c1fb
 class SiteSuppressor(BaseOutlierSuppressor):
     "A suppressor that edits a block's smoothing sites one by one; the module of trials is read by those that search."
+    @abstractmethod
     def edit_site(self,
         site:SmoothingSite, # A pair in its block
     ):
         "Edit one site; the block's function in float stays."
-        raise NotImplementedError
 
     @torch.no_grad()
     def apply_to_block(self,

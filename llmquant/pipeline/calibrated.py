@@ -314,7 +314,8 @@ def suppression_facts(
 ) -> dict:
     "What block by block suppressors did, beside what the report says of others."
     blocks = {index: dict(loop.suppressed[index]) for index in sorted(loop.suppressed)}
-    by, tokens = ", ".join(s.name for s in loop.suppressors), f"{run.data.facts['tokens']} tokens of the calibration text"
+    text = "tokens of the calibration text" if needs_text(run) else "random tokens"
+    by, tokens = ", ".join(s.name for s in loop.suppressors), f"{run.data.facts['tokens']} {text}"
     sizes = model_sizes({index: found.pop("sizes", {}) for index, found in blocks.items()}, by, tokens)
     before = run.facts.get("outlier_suppression", {})
     return before | {"blocks": blocks} | ({"sizes": [*before.get("sizes", ()), sizes]} if sizes else {})

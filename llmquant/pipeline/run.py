@@ -24,7 +24,7 @@ from ..core.outlier_suppression_registry import OutlierSuppressionRegistry, is_b
 from ..core.quantizer_registry import BaseQuantizer
 from ..core.scheme import dtype_name
 from ..export.export import Export, write_export
-from ..in_memory.adopt import adopt, is_adopted
+from ..in_memory.adopt import adopt, check_left, is_adopted
 from ..in_memory.save import export_model
 from .calibrated import (calibrated_carry, calibration_of, data_free_need, identity,
                                           need_of, needs_text, windows_at_a_time)
@@ -32,7 +32,7 @@ from .info import info
 from .run_state import Run
 from ..plan.memory import MemoryNeed
 from ..plan.plan import Plan, make_plan, nbytes
-from ..utils.components import calibrates, make_quantizer, make_suppressors
+from ..utils.components import calibrates, make_quantizer, make_suppressors, third_parties
 from ..utils.config import Recipe, recipe_to_dict, resolve, static_ranges
 from ..utils.logging import progress, quieted
 from ..report.pages import pages_writer
@@ -153,9 +153,13 @@ def run_in_memory(
     if quantizer.data_free and not static_ranges(vars(recipe)): # what suppressors read is not the method's
         calibration |= dict.fromkeys(("dataset", "column", "seed"))
     config = {"quantization": own, "model": {"torch_dtype": recipe.torch_dtype}, "calibration": calibration}
+    own = type(quantizer).quantize is not BaseQuantizer.quantize
+    if own: quantizer.originals = {name: value.detach().clone() for name, value in run.adapter.checkpoint_tensors(model).items()}
     model = edited(quantizer.quantize(model, bits=recipe.bits, group_size=recipe.group_size, target_layers=layers,
                                       layer_wise=recipe.layer_wise, calibration_data=None, config=config), model)
-    if not is_adopted(model): adopt(quantizer, model, recipe.bits, recipe.group_size, recipe.layers, recipe.torch_dtype)
+    if not is_adopted(model): adopt(quantizer, model, recipe.bits, recipe.group_size, recipe.layers, recipe.torch_dtype,
+                                     recipe.overrides)
+    if own: check_left(quantizer, model, run.adapter, run.plan)
     return export_model(model, run.adapter, recipe.output_path, source.path, run.facts, recipe.format, recipe.container,
                         _verifier(run), recipe.report, **_folder(run))
 
@@ -173,7 +177,8 @@ def _run(recipe:Recipe) -> dict:
     if not recipe.model_path: raise UsageError("no model given; name a checkpoint with --model-path")
     if not recipe.output_path: raise UsageError("no output given; name a folder with --output-path")
     with open_run(recipe) as run:
-        run.facts |= {"recipe": recipe_to_dict(recipe), "model": _model_facts(run)}
+        run.facts |= {"recipe": recipe_to_dict(recipe), "model": _model_facts(run),
+                      **third_parties(recipe.method, recipe.outlier_suppression, run.adapter)}
         device, quantizer, plan = run.device, run.quantizer, run.plan
         logger.info("%s: %d layers to %s, %d left in float", recipe.model_path, len(plan.quantized),
                     ", ".join(map(str, plan.schemes)) or "16 bits", len(plan.ignored))

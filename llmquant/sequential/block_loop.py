@@ -188,8 +188,14 @@ def edit_checked(self:BlockLoop,
     "Let a suppressor or a method edit the block, and check that the block still computes the same function."
     before = self.run(index, block, self.activations, 0)
     edit(view)
-    if not view.edited: return 0.
+    for part, values in block.named_parameters():
+        if torch.isfinite(values.sum()) or torch.isfinite(values).all(): continue
+        raise UsageError(f"block {index}: {name} left NaN or infinity in {self.blocks.names[id(block)]}.{part}; correct its edit")
     after = self.run(index, block, self.activations, 0)
+    if not view.edited and torch.equal(before, after): return 0.
+    if not view.edited:
+        raise UsageError(f"block {index}: {name} changed parameters and named none in view.edited; edit with site.scale_by or "
+                         "site.shift_by, or add the modules' names to view.edited")
     moved = float((after - before).norm() / before.norm().clamp(min=1e-30))
     if moved > SAME_FUNCTION:
         raise UsageError(f"block {index}: {name} changed its function by {moved:.1e} before anything "
@@ -278,8 +284,10 @@ def suppress(self:BlockLoop,
     edited, self.unsuppressed = set(), {}
     for suppressor in self.suppressors:
         wanted = tuple(suppressor.needed_statistics())
-        measured = self.measure(index, block, leaders, wanted=wanted) if wanted else {}
-        if suppressor is self.suppressors[0]: self.unsuppressed = {name: s.maxima for name, s in measured.items()}
+        first = suppressor is self.suppressors[0] # whose inputs' sizes are reported, whatever it looks at itself
+        asked = (*wanted, "maxima") if first and "maxima" not in wanted else wanted
+        measured = self.measure(index, block, leaders, wanted=asked) if asked else {}
+        if first: self.unsuppressed = {name: s.maxima for name, s in measured.items()}
         stats = {n: measured[names[0]] for names in groups for n in names} if wanted else {}
         view = self.view(index, block, plans, stats, pairs)
         moved = self.edit_checked(index, block, view, suppressor.apply_to_block, suppressor.name)

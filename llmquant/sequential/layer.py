@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 import torch
 from torch import Tensor
-from ..core.errors import UsageError
+from ..core.errors import LLMQuantError, UsageError, one_line
 from ..core.qtensor import QuantizedWeight
 from ..core.scheme import DTYPES, dtype_name
 from ..plan.plan import LayerPlan
@@ -86,9 +86,9 @@ def quantize_layer(
         quantized = quantizer.quantize_weight(weight, stats, layer.scheme)
         check_result(quantized, layer)
     except UsageError as e: raise UsageError(f"tensor {name}: {e}") from None
-    except Exception as e:
-        e.add_note(f"while {type(quantizer).__name__} quantized {name}")
-        raise
+    except (LLMQuantError, MemoryError, torch.OutOfMemoryError): raise
+    except Exception as e: # whatever a third party's method raises
+        raise LLMQuantError(f"tensor {name}: {type(quantizer).__name__} raised {type(e).__name__}: {one_line(e)}") from e
     if weight._version != version:
         raise UsageError(f"tensor {name}: {type(quantizer).__name__} edits its weight in place; "
                          "let it work on weight.clone()")
