@@ -118,7 +118,7 @@ class Remembering(Nearest):
 
 QUANTIZERS = {Nameless: "is_a_quantizer", Empty: "is_a_quantizer", LooseOptions: "is_a_quantizer",
               Deaf: "unknown_options_are_refused", Sticky: "settings_are_each_instances_own",
-              AsksTooMuch: "statistics_are_known", AsksTooLittle: "declared_statistics_are_enough",
+              AsksTooMuch: "is_a_quantizer", AsksTooLittle: "declared_statistics_are_enough",
               OffGrid: "results_are_on_the_grid", OneDtype: "every_dtype_is_taken", InPlace: "input_is_not_changed",
               Random: "results_are_repeatable", NoZeros: "edges_are_quantized", Halved: "widest_grid_is_close",
               OverPromising: "promises_are_kept", Entangled: "promises_are_kept", Remembering: "models_are_quantized"}
@@ -130,7 +130,7 @@ def test_a_quantizer_with_one_fault_fails_its_check(cls):
     assert "\n" not in str(failed.value)
 
 
-def test_a_quantizer_without_fault_passes(): assert len(check_quantizer(Nearest)) == 14
+def test_a_quantizer_without_fault_passes(): assert len(check_quantizer(Nearest)) == 13
 
 
 class NoFamily(LlamaAdapter): model_type = ""
@@ -221,7 +221,7 @@ class Dice(Evening):
 
 
 SUPPRESSORS = {NoName: "is_a_suppressor", NoHook: "is_a_suppressor", HearsNothing: "unknown_options_are_refused",
-               Unmeasured: "statistics_are_known", LooksAtInputs: "declared_statistics_suffice",
+               Unmeasured: "is_a_suppressor", LooksAtInputs: "declared_statistics_suffice",
                HalfAnEdit: "float_function_stays", Idle: "something_is_edited", Dice: "edits_are_repeatable"}
 
 
@@ -230,4 +230,4 @@ def test_a_suppressor_with_one_fault_fails_its_check(cls):
     with pytest.raises(UsageError, match=f"^{cls.__name__} fails the check {SUPPRESSORS[cls]}: ."): check_suppressor(cls)
 
 
-def test_a_suppressor_without_fault_passes(): assert len(check_suppressor(Evening)) == 9
+def test_a_suppressor_without_fault_passes(): assert len(check_suppressor(Evening)) == 8

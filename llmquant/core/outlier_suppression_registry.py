@@ -116,7 +116,7 @@ def _check_suppressor(name:str, cls:type):
         raise UsageError(f"outlier suppressor {name!r}: {cls.__name__} is not a subclass of BaseOutlierSuppressor")
     if not defines(cls, *HOOKS):
         raise UsageError(f"outlier suppressor {name!r}: {cls.__name__} does not define any of {', '.join(HOOKS)}")
-    check_statistics(cls().needed_statistics(), f"outlier suppressor {name!r}")
+    check_statistics(cls().needed_statistics(), repr(name))
     if cls.scope not in ("block", "model"):
         raise UsageError(f"outlier suppressor {name!r}: scope {cls.scope!r} is not one of block, model")
     if cls.scope == "model" and not defines(cls, "transform", "apply"):

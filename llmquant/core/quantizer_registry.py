@@ -189,7 +189,7 @@ def _check_quantizer(name:str, cls:type):
         raise UsageError(f"method {name!r}: {cls.__name__} is not a subclass of BaseQuantizer")
     if cls.quantize_weight is BaseQuantizer.quantize_weight and cls.quantize is BaseQuantizer.quantize:
         raise UsageError(f"method {name!r}: {cls.__name__} defines neither quantize_weight nor quantize")
-    check_statistics(cls().needed_statistics(), f"method {name!r}")
+    check_statistics(cls().needed_statistics(), repr(name))
     said = getattr_static(cls, "data_free")
     if not isinstance(said, bool) or cls.quantize is not BaseQuantizer.quantize: return
     if said == bool(asked := tuple(cls().needed_statistics())):

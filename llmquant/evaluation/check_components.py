@@ -28,7 +28,7 @@ from ..core.quantizer_registry import BaseQuantizer, QuantizerRegistry
 from ..core.registry import Registry
 from ..core.scheme import QuantScheme
 from ..core.smoothing import fold
-from ..core.statistics import STATISTICS, LayerStats, check_statistics
+from ..core.statistics import STATISTICS, LayerStats
 from ..models.base_adapter import BaseHuggingFaceAdapter
 from ..outlier_suppression.rotation import RotationSuppressor
 from ..plan.plan import LayerPlan
@@ -96,10 +96,6 @@ def _settings_are_each_instances_own(cls:type, *_):
     "What one instance was given does not reach the next."
     cls().configure({})
     if cls().settings: raise UsageError("a new instance has the settings of one that was configured before it")
-
-def _statistics_are_known(cls:type, *_):
-    "`needed_statistics` names what calibration measures."
-    check_statistics(cls().needed_statistics(), cls.__name__)
 
 # %% ../../nbs/evaluation/check_components.ipynb #c4ecf705
 def inputs_of(
@@ -287,7 +283,7 @@ def check_quantizer(
         _declared_statistics_are_enough, _results_are_on_the_grid, _input_is_not_changed, _every_dtype_is_taken,
         _results_are_repeatable, _edges_are_quantized, _widest_grid_is_close, _promises_are_kept)
     return run_checks(cls, (_is_a_quantizer, _options_are_configurable, _unknown_options_are_refused,
-                            _settings_are_each_instances_own, _statistics_are_known, *of_weights, _models_are_quantized))
+                            _settings_are_each_instances_own, *of_weights, _models_are_quantized))
 
 # %% ../../nbs/evaluation/check_components.ipynb #4dc68430
 @dataclass
@@ -494,5 +490,5 @@ def check_suppressor(
     "What everybody relies on in an outlier suppressor; `UsageError` names the first check that fails."
     _check_kind(cls, BaseOutlierSuppressor, "check_suppressor")
     return run_checks(cls, (_is_a_suppressor, _options_are_configurable, _unknown_options_are_refused,
-                            _settings_are_each_instances_own, _statistics_are_known, _declared_statistics_suffice,
+                            _settings_are_each_instances_own, _declared_statistics_suffice,
                             _float_function_stays, _something_is_edited, _edits_are_repeatable), config)
