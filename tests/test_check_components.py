@@ -1,5 +1,7 @@
 "The checks for components: every built-in one passes all of them, and one with a single fault fails the right one."
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import tiny
@@ -231,3 +233,44 @@ def test_a_suppressor_with_one_fault_fails_its_check(cls):
 
 
 def test_a_suppressor_without_fault_passes(): assert len(check_suppressor(Evening)) == 8
+
+
+class Powers(BaseQuantizer):
+    "Codes whose distance from zero is a power of two: the error of such a grid does not shrink with bits."
+    name, supported_bits = "powers", (8,)
+    def quantize_weight(self, weight, stats, scheme):
+        found = round_to_nearest(weight, scheme)
+        zeros = found.zeros.float().repeat_interleave(scheme.width(weight.shape[1]), 1)
+        away = found.codes.float() - zeros
+        codes = zeros + away.sign() * 2 ** away.abs().clamp(min=1).log2().round()
+        return QuantizedWeight(codes.clamp(0, scheme.qmax).to(torch.uint8), found.scales, found.zeros, scheme)
+
+
+class PowersByDeclaration(Powers): expected_error = .25
+
+
+def test_a_class_declares_the_error_of_its_grid():
+    with pytest.raises(UsageError, match="widest_grid_is_close: .*at most 0.1 is expected.*set expected_error"): check_quantizer(Powers)
+    assert "widest_grid_is_close" in check_quantizer(PowersByDeclaration)
+
+
+@pytest.mark.parametrize("check,given", [(check_quantizer, Nearest()), (check_quantizer, Evening), (check_adapter, Nearest),
+                                         (check_suppressor, LlamaAdapter())])
+def test_other_things_than_a_class_of_the_kind_are_refused(check, given):
+    with pytest.raises(UsageError, match=f"^{check.__name__} takes a subclass of Base"):
+        check(given, LLAMA_64) if check is check_adapter else check(given)
+
+
+def test_an_adapter_is_checked_with_a_config_of_its_family():
+    for types in ((), ("granite",)):
+        cls = type("Foreign", (LlamaAdapter,), {"model_types": types})
+        with pytest.raises(UsageError, match="is_an_adapter: it is not found for the model type 'llama'"): check_adapter(cls, LLAMA_64)
+
+
+def test_the_method_of_the_first_page_passes():
+    cells = json.loads((Path(__file__).parent.parent / "nbs" / "index.ipynb").read_text(encoding="utf-8"))["cells"]
+    source = next("".join(c["source"]) for c in cells if "class StochasticQuantizer" in "".join(c["source"]))
+    names = {"torch": torch, "Option": Option, "QuantizedWeight": QuantizedWeight, "round_to_nearest": round_to_nearest,
+             "BaseQuantizer": BaseQuantizer}
+    exec(source.partition("QuantizerRegistry")[0], names)
+    assert "results_are_repeatable" in check_quantizer(names["StochasticQuantizer"])

@@ -199,3 +199,22 @@ def test_an_adapter_whose_blocks_lie_elsewhere_is_refused():
         with pytest.raises(UsageError, match=said): cls().linear_sites(config, shapes)
     cls = type("Half", (ModelRegistry.get("llama"),), {"linears": ("mlp.gate_proj", "mlp.up_proj"), "needs": (), "model_types": ()})
     assert {s.name.rpartition(".")[2] for s in cls().linear_sites(config, shapes) if s.quantize} == {"gate_proj", "up_proj"}
+
+
+def test_what_a_file_says_of_others_is_told(tmp_path, caplog):
+    "A section of what is not in use, and calibration of a method that looks at weights alone."
+    path = tmp_path / "recipe.yaml"
+    path.write_text("quantization:\n  gptq: {symmetric: true}\n  smooth_quant: {alpha: 0.5}\n")
+    with caplog.at_level("INFO", "llmquant"): resolve({"calibration.num_samples": 4}, path)
+    said = [r.getMessage() for r in caplog.records]
+    assert said == [f"{path}:2: quantization.gptq has no effect: gptq is not in use",
+                    f"{path}:3: quantization.smooth_quant has no effect: smooth_quant is not in use",
+                    "calibration.num_samples has no effect: minmax looks at weights alone"]
+    caplog.clear()
+    with caplog.at_level("INFO", "llmquant"): resolve({"method": "gptq", "outlier_suppression": "smooth_quant"}, path)
+    assert not caplog.records
+
+
+def test_a_report_does_not_flood_a_notebook(tmp_path):
+    report = quantize(tiny.make("llama", tmp_path / "base"), tmp_path / "out", bits=4, group_size=32)
+    assert isinstance(report, dict) and len(repr(report)) < 500 and "layers" in repr(report)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'check_shard_size', 'plan_checkpoint', 'look_at_output', 'open_run', 'preflight', 'check', 'streams',
-           'edited', 'run_in_memory', 'run', 'require_vllm', 'quantize']
+           'edited', 'run_in_memory', 'run', 'require_vllm', 'ShortDict', 'quantize']
 
 # %% ../../nbs/pipeline/run.ipynb #c6103d3c
 import logging
@@ -230,6 +230,10 @@ def _verifier(run:Run):
     return partial(verify, reference=run.original.origin, require_vllm=True)
 
 # %% ../../nbs/pipeline/run.ipynb #d0edceed
+class ShortDict(dict):
+    "A report as a call returns it: a notebook shows its keys, and not its thousands of lines."
+    def __repr__(self): return f"<report, {self.get('verdict')}: {', '.join(map(str, self))}>"
+
 def quantize(
     path:str|Path,             # Checkpoint folder, GGUF file, or hub name
     out:str|Path,              # Folder to write
@@ -240,4 +244,4 @@ def quantize(
 ) -> dict:                     # The report
     "Quantize a checkpoint into an export that vLLM loads."
     given = {"model_path": str(path), "output_path": str(out), "method": method, "device_map": device, **keys}
-    return run(resolve(given, config=config, origin="call"))
+    return ShortDict(run(resolve(given, config=config, origin="call")))

@@ -195,9 +195,16 @@ def _tell_no_effect(
     values:Mapping[str, Any],   # The recipe's values
     won:Mapping[str, Setting],  # Which settings won
     quantizer:BaseQuantizer,    # The chosen one
+    theirs:Mapping[str, Any],   # The suppressors' options
 ):
-    "One line where activations are left as they are and nobody had said otherwise, or where a file says `layer_wise` alone."
+    "One line for what has no effect: a section of what is not in use, calibration of a method that looks at weights alone, ..."
     if values["quiet"]: return
+    idle = dict((s.where.rpartition(".")[0], s.method) for s in settings
+                         if s.method not in ("", quantizer.name, *values["outlier_suppression"]))
+    for where, name in idle.items(): logger.info("%s has no effect: %s is not in use", where, name)
+    text = [setting.where for name, setting in won.items() if name.startswith("calibration.")]
+    if text and type(quantizer).quantize is BaseQuantizer.quantize and quantizer.data_free and not measures(values, theirs):
+        logger.info("%s has no effect: %s looks at weights alone", ", ".join(text), quantizer.name)
     said = [s for s in settings if s.section]
     if values["activations"] is None and len({s.origin for s in said}) == 1 and not said[0].in_file:
         logger.info("%s has no effect: activations stay as they are without it", said[0].section)
@@ -376,7 +383,7 @@ def _resolve(given:Sequence[Setting], origin:str, quantizer:BaseQuantizer|None) 
     implied |= {f"options.{o.name}": "configured" for o in quantizer.all_options()
                 if (quantizer.name, o.name) not in chosen and options[o.name] != o.default}
     implied |= _imply_layer_wise(values, won, quantizer) | _imply_by_activations(values, won, options, chosen)
-    _check_method(values, won, quantizer, theirs); _check_paths(values); _tell_no_effect(given, values, won, quantizer)
+    _check_method(values, won, quantizer, theirs); _check_paths(values); _tell_no_effect(given, values, won, quantizer, theirs)
     if in_memory: _check_in_memory(values, won)
     origins = {name: won[name].origin if name in won else "default" for name in values} | implied
     said = lambda name, option: chosen[name, option].origin if (name, option) in chosen else "default"
