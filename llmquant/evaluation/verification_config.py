@@ -178,7 +178,7 @@ def difference(
     within: str = "",  # dotted name of what both are part of
 ) -> tuple[str, str, str] | None:  # None where they are the same
     "The first key, dotted, whose values differ, and both values."
-    for key in sorted(set(ours) | set(theirs)):
+    for key in sorted(set(ours) | set(theirs), key=lambda key: (key != "model_type", key)): # another model is named as such
         if not within and key in MAY_DIFFER: continue
         values = [side.get(key) for side in (ours, theirs)]
         if all(isinstance(value, dict) for value in values):
