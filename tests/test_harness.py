@@ -320,6 +320,23 @@ def test_answers_of_the_base_serve_several_exports(models, export, tmp_path):
     assert len(list((tmp_path/"samples").glob("export-*.jsonl"))) == 2
 
 
+def test_compare_shows_exports_side_by_side(models, export, tmp_path, capsys):
+    other = tmp_path/"w8"
+    quantize(models[0], other, method="minmax", bits=8, group_size=32, quiet=True)
+    ask(export, models)
+    assert main(["compare", str(export), str(other)]) == 2
+    assert "has no evaluation/results.json; run llmquant evaluate" in capsys.readouterr().err
+    ask(other, models, limit=6)
+    assert main(["compare", str(export), str(other)]) == 2 and "were not measured alike" in capsys.readouterr().err
+    ask(other, models)
+    assert main(["compare", str(export), str(other), "--plot", str(tmp_path/"plot.svg")]) == 0
+    shown = capsys.readouterr().out
+    assert "sums acc" in shown and "w8" in shown and (tmp_path/"plot.svg").read_text().startswith("<?xml")
+    assert main(["compare", str(export), str(other), "--files"]) == 0
+    assert "layers: " in capsys.readouterr().out
+    assert main(["compare", str(export), str(export), "--files"]) == 0 and "no difference" in capsys.readouterr().out
+
+
 BAD = {
     "--tasks summs": "task 'summs' is unknown; did you mean 'sums'?",
     "--tasks ,": "--tasks is empty",
@@ -370,6 +387,21 @@ def test_bad_task_files_are_one_line(models, export, tmp_path):
     said("sums.yaml, line 2: is no YAML")
 
 
+def test_a_task_that_cannot_be_scored_is_one_line(models, export, tmp_path):
+    "Choices that are missing show before a model is loaded, a metric that fails while the task runs."
+    folder = shutil.copytree(models[2], tmp_path/"tasks")
+    rows = [json.loads(line) for line in (folder/"sums.jsonl").read_text().splitlines()]
+    (folder/"sums.jsonl").write_text(lines([*rows[:5], rows[5] | {"choices": []}, *rows[6:]]))
+    with pytest.raises(UsageError, match="task sums: document 5 has no choices; mend its file"):
+        evaluate(export, models[0], "sums", folder, backend="hf")
+    own = (folder/"more_sums.yaml").read_text() + "process_results: !function own.fails\n"
+    (folder/"more_sums.yaml").write_text(own)
+    (folder/"own.py").write_text("def fails(doc, results): return {'acc': results[7]}\n")
+    with pytest.raises(UsageError, match="task more_sums: lm-eval cannot score it .IndexError: list index"):
+        evaluate(export, models[0], "more_sums", folder, backend="hf")
+    assert read_results(export) is None
+
+
 def test_a_base_of_another_architecture(models, export, tmp_path):
     other = tiny.make("llama", tmp_path/"other", torch.bfloat16, layers=1)
     tiny_tokenizer.save(other)
@@ -392,6 +424,17 @@ def test_the_command_answers_without_lm_eval_or_torch():
     probe = ("import sys; from llmquant.cli.main import main; main(['evaluate', 'x', '--gaet', 'a']);"
              "print({'torch', 'lm_eval', 'datasets', 'vllm'} & set(sys.modules))")
     assert subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True).stdout == "set()\n"
+
+
+@vllm
+def test_a_child_that_dies_is_one_error(models, export, monkeypatch):
+    from llmquant.harness import backends
+    started = subprocess.Popen
+    dying = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
+    monkeypatch.setattr(backends.subprocess, "Popen", lambda command, **options: started(dying, **options))
+    with pytest.raises(LLMQuantError, match="vLLM's process for the base ended with status -9: it wrote nothing"):
+        ask(export, models, backend="vllm", check_agreement=0)
+    assert read_results(export) is None and not list((export/"evaluation").rglob("*.json*"))
 
 
 @vllm

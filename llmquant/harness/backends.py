@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..core.errors import LLMQuantError, UsageError
+from ..core.errors import LLMQuantError, UsageError, library_errors, one_line
 from ..evaluation import vllm_check
 from .tasks import TaskPlan, build_tasks, requests_digest, require_lm_eval, without_bar
 
@@ -126,7 +126,9 @@ class FedRequests:
     def __call__(self, requests, **options):
         "Record, and pass on."
         self.requests += [(list(context), list(continuation)) for _, context, continuation in requests]
-        return self.forward(requests, **options)
+        try: return self.forward(requests, **options)
+        except vllm_check.REFUSALS as error: # whichever engine, it is no fault of the task
+            raise LLMQuantError(f"the engine fails ({type(error).__name__}: {one_line(error)})") from error
 
     def facts(self) -> dict:
         "What was seen, as plain values."
@@ -198,8 +200,9 @@ def answer_task(
     task.set_fewshot_seed(job.seed)
     start = time.perf_counter()
     with recorded(lm, job.max_length) as seen:
-        found = evaluate(lm, {"tasks": {name: task}}, limit=job.limit, bootstrap_iters=0,
-                         apply_chat_template=job.template, fewshot_as_multiturn=job.template)
+        with library_errors(f"task {name}: lm-eval cannot score it", "mend the task, or leave it out"):
+            found = evaluate(lm, {"tasks": {name: task}}, limit=job.limit, bootstrap_iters=0,
+                             apply_chat_template=job.template, fewshot_as_multiturn=job.template)
     items = [one_item(sample) for sample in found["samples"][name]]
     scores = {key: value for key, value in found["results"][name].items() if "," in key and "_stderr" not in key}
     facts = {"task": name, "output_type": task.OUTPUT_TYPE, "n": len({item["doc_id"] for item in items}),

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 
 from .. import __version__
 from ..checkpoint.side_files import EVALUATION
-from ..core.errors import LLMQuantError, UsageError
+from ..core.errors import LLMQuantError, UsageError, library_errors
 from ..evaluation.verification_config import read_report
 from ..evaluation.vllm_check import vllm_installed
 from ..export.report import to_yaml
@@ -122,12 +122,15 @@ def prepare(
     plan = plan_tasks(tasks, task_folder)
     with quiet_libraries(): built = build_tasks(plan, exact["num_fewshot"], ASKED_SEED)
     check_gates(gates, built, asked["text"] is not None)
-    identities = {name: task_identity(task, exact["limit"]) for name, task in built.items()}
+    identities, chances = {}, {}
+    for name, task in built.items():
+        with library_errors(f"task {name}: lm-eval cannot make its requests", "mend its file"):
+            identities[name], chances[name] = task_identity(task, exact["limit"]), chance(task, exact["limit"])
     models = {"base": base, "export": export}
     whole = {**settings, **exact, "seed": ASKED_SEED, "device": device_name(),
              "versions": versions(settings["backend"])}
     return Prepared(models, {role: model_digest(path) for role, path in models.items()}, plan, identities,
-                    {name: chance(task, exact["limit"]) for name, task in built.items()}, whole, asked, folder,
+                    chances, whole, asked, folder,
                     Path(samples).expanduser().resolve() if samples else folder/"samples", settings["dtype"] == "auto")
 
 # %% ../../nbs/harness/evaluate.ipynb #f72a0968

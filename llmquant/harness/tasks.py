@@ -296,5 +296,6 @@ def chance(
 ) -> float | None:      # between 0 and 1
     "The accuracy of guessing, for tasks of choices."
     if task.OUTPUT_TYPE != "multiple_choice": return None
-    docs = [doc for _, doc in task.doc_iterator(limit=limit)]
-    return sum(1 / len(task.doc_to_choice(doc)) for doc in docs) / len(docs)
+    counts = [len(task.doc_to_choice(doc)) for _, doc in task.doc_iterator(limit=limit)]
+    if 0 in counts: raise UsageError(f"task {task.task_name}: document {counts.index(0)} has no choices; mend its file")
+    return sum(1 / count for count in counts) / len(counts)
