@@ -166,7 +166,7 @@ def test_one_loop_quantizes_weight_by_weight(trees):
 
 
 def test_core_stays_small():
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in (PACKAGE / "core").glob("*.py")) <= 2050
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in (PACKAGE / "core").glob("*.py")) <= 2000
 
 
 def test_what_these_tests_would_find(tmp_path):

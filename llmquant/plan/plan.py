@@ -18,7 +18,7 @@ from ..core.errors import UsageError
 from ..core.format_registry import BaseFormat, FormatRegistry
 from .layout_fit import leave_unfit
 from ..core.names import natural_key
-from ..core.overrides import Override, check_used, overridden_scheme, read_overrides, speaking
+from ..utils.overrides import Override, check_used, overridden_scheme, read_overrides, speaking
 from ..core.scheme import DTYPES, QuantScheme, dtype_name
 
 # %% ../../nbs/plan/plan.ipynb #ac68d8bc

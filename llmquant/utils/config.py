@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import Field
 from ..core.errors import UsageError
 from ..core.options import Option, parse_options
-from ..core.overrides import Override
+from .overrides import Override
 from ..core.activation_options import ActivationScheme
 from ..core.outlier_suppression_registry import OutlierSuppressionRegistry
 from ..core.quantizer_registry import BaseQuantizer, QuantizerRegistry

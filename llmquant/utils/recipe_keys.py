@@ -18,7 +18,7 @@ from pydantic import AfterValidator, PlainValidator
 from ..core.activation_options import ActivationScheme, read_activations
 from ..core.errors import UsageError
 from ..core.options import Option, Section, check_value, key, options_of
-from ..core.overrides import Override, read_overrides
+from .overrides import Override, read_overrides
 
 # %% ../../nbs/utils/recipe_keys.ipynb #96bb5180
 @dataclass(frozen=True)
