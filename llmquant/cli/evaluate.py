@@ -38,8 +38,8 @@ def add_evaluate_flags(
     add("--text", metavar="FILE",
         help="measure perplexity and KL divergence on a text file, too; demo: on Python's reference")
     add("--context", metavar="TOKENS", default="512", help="in a window of the text (512)")
-    add("--stride", metavar="TOKENS", default="256", help="of a window that are new (256)")
-    add("--windows", metavar="N", default="32", help="of the text (32), or all")
+    add("--stride", metavar="TOKENS", default="384", help="of a window that are new (384)")
+    add("--windows", metavar="N", default="24", help="of the text (24), or all")
     add("--check-agreement", metavar="N",
         help="items of each task that the other backend answers too (24 with vllm; 0: none)")
     add("--output", metavar="DIR", help="where the results go (evaluation/ in the export)")

@@ -391,8 +391,8 @@ def evaluate(
     gates: Iterable[str] = (),              # such as "acc>=-0.01"
     text: str | Path | None = None,         # a file for perplexity and KL divergence; "demo": Python's reference
     context: int = 512,                     # tokens in a window of the text
-    stride: int = 256,                      # of them new
-    windows: int | None = 32,               # of the text; None for all of it
+    stride: int = 384,                      # of them new
+    windows: int | None = 24,               # of the text; None for all of it
     check_agreement: int | None = None,     # items of each task by the other backend; None for 24 with vllm, 0 with hf
     output: str | Path | None = None,       # folder of the results; None for evaluation/ in the export
     samples: str | Path | None = None,      # folder of the answers; None for samples/ beside the results
