@@ -183,3 +183,9 @@ def test_what_these_tests_would_find(tmp_path):
     assert upward(arrows(found)) == [("core.a", "cli.b")] and sideways(arrows(found)) == [("formats.e", "models.g")]
     assert homonyms(found) == {"LIMIT": ["cli.b", "core.a"]} and strangers(found) == ["core.c: C.m"]
     assert reached_through(found, "sink", "writer") == ["models.g"]
+
+
+def test_the_sidebar_stands_once():
+    "nbdev reads _quarto.yml beside the notebooks, which is a link to the one at the top."
+    link = PACKAGE.parent / "nbs/_quarto.yml"
+    assert link.is_symlink() and link.samefile(PACKAGE.parent / "_quarto.yml")
