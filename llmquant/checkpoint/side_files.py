@@ -94,7 +94,7 @@ def sort_side_files(
 # %% ../../nbs/checkpoint/side_files.ipynb #5d21b002
 CARD, PAGE = "README.md", "report.html"
 BASE_CARD = "README.base.md"
-OWN_PAGES = {CARD: BASE_CARD, PAGE: "report.base.html"} # Name in an export, and what a base's file of that name is called there
+OWN_PAGES = {CARD: BASE_CARD, PAGE: "report.base.html"} # and what a base's file of that name is called in an export
 
 def make_way(
     folder:Path, # of an export, unfinished

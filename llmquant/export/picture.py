@@ -22,8 +22,8 @@ def _draw_channels(axes, worst: Mapping):
     edges = [min(round(i * -(-worst["channels"] // count)), worst["channels"]) for i in range(count + 1)]
     for side, colour, hatch in ("before", COLOURS[6], HATCHES[0]), ("after", COLOURS[1], HATCHES[1]):
         heights = [max(value, 1e-6) for value in worst[side]]
-        axes.stairs(heights, edges, baseline=1e-9, fill=True, facecolor=colour, edgecolor=INK, linewidth=0.3, hatch=hatch,
-                    alpha=0.65, label=side)
+        axes.stairs(heights, edges, baseline=1e-9, fill=True, facecolor=colour, edgecolor=INK, linewidth=0.3,
+                    hatch=hatch, alpha=0.65, label=side)
     alive = [v for side in ("before", "after") for v in worst[side] if v > 0]
     axes.set(yscale="log", xlim=(0, worst["channels"]), xlabel="channel", ylabel="largest magnitude")
     if alive:
@@ -39,7 +39,7 @@ def _draw_blocks(axes, blocks: Mapping[int, Mapping]):
     worst = {side: [max((blocks[i][n][side] for n in changed[i]), default=nan) for i in index] for side in sides}
     left = [max((s["after"] for n, s in blocks[i].items() if n not in changed[i]), default=nan) for i in index]
     for side, colour, marker, dash in zip(sides, (COLOURS[6], COLOURS[1]), "os", ("--", "-")):
-        axes.plot(index, worst[side], color=colour, marker=marker, linestyle=dash, markersize=4, linewidth=1, label=side)
+        axes.plot(index, worst[side], color=colour, marker=marker, linestyle=dash, markersize=4, label=side)
     if not all(map(isnan, left)): axes.plot(index, left, color="0.6", linestyle=":", marker="^", markersize=4, label="not changed")
     axes.set(yscale="log", xlabel="block", ylabel="largest channel / median")
     every = [value for value in (*worst["before"], *worst["after"], *left) if not isnan(value)]

@@ -20,7 +20,16 @@ from ..evaluation.verification import was_edited
 from ..export.report import NOT_VERIFIED
 from .facts import RESULTS_FILE, ExportFacts, base_title, hub_name, read_facts
 from .quality_figures import main_metrics
-from .serving_commands import kernels_for, kind_text, kinds_in, request_command, serve_commands, serving_advice
+from llmquant.report.serving_commands import (
+    CPU_VERSION,
+    CUDA_VERSION,
+    kernels_for,
+    kind_text,
+    kinds_in,
+    request_command,
+    serve_commands,
+    serving_advice,
+)
 from ..utils.readable import human_bytes, human_count
 
 logger = logging.getLogger(__name__)
@@ -28,23 +37,28 @@ logger = logging.getLogger(__name__)
 # %% ../../nbs/report/card.ipynb #1d6277fe
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
+
 def layout_tag(
     facts: ExportFacts,  # of an export
 ) -> str:  # empty where nothing is quantized
     "What the hub calls the layout."
     return str((facts.config.get("quantization_config") or {}).get("quant_method") or "")
 
+
 def card_data(
     facts: ExportFacts,  # of an export
 ) -> dict[str, Any]:  # plain values, in the hub's order
     "The metadata of a card."
     scheme, tags = facts.report.get("scheme") or {}, ["llmquant", "vllm"]
-    if facts.report.get("layers"): tags += ["quantized", layout_tag(facts), str(facts.report.get("method")), f"{scheme.get('bits')}-bit"]
+    if facts.report.get("layers"):
+        tags += ["quantized", layout_tag(facts), str(facts.report.get("method")), f"{scheme.get('bits')}-bit"]
     known = {key: facts.base_card[key] for key in INHERITED if isinstance(facts.base_card.get(key), (str, list))}
     base = hub_name(facts.report.get("model") or {})
     ours = {"base_model": base, "base_model_relation": "quantized"} if base else {}
     library = {} if layout_tag(facts) == "llmquant" else {"library_name": "transformers"}
-    data = ModelCardData(**{"pipeline_tag": "text-generation"} | known | ours | library, tags=list(dict.fromkeys(filter(None, tags))))
+    data = ModelCardData(
+        **{"pipeline_tag": "text-generation"} | known | ours | library, tags=list(dict.fromkeys(filter(None, tags)))
+    )
     return data.to_dict()
 
 # %% ../../nbs/report/card.ipynb #9c03fc88
@@ -55,11 +69,13 @@ def plain_text(
     text = " ".join(str(value).split())
     return re.sub(r"([\\`*_{}\[\]<>|#&])", r"\\\1", text.encode(errors="backslashreplace").decode())
 
+
 def code_span(
     value: Any,  # from a checkpoint or a report
 ) -> str:
     "A value as code inside Markdown; backquotes in it are replaced."
     return f"`{' '.join(str(value).split()).replace('`', chr(39)).replace('|', chr(92) + '|')}`"
+
 
 def scheme_text(
     facts: ExportFacts,  # of an export
@@ -68,59 +84,91 @@ def scheme_text(
     names = [str(layer.get("scheme")) for layer in facts.report["layers"].values()]
     return ", ".join(sorted(set(names), key=lambda name: -names.count(name))) or "16 bits, nothing quantized"
 
+
 def _what(facts: ExportFacts) -> list[str]:
     "What was done."
     report, sizes = facts.report, facts.report["sizes"]
     left = sum(map(len, (report.get("left_in_float") or {}).values()))
     ratio = sizes["export"] / max(sizes["checkpoint"], 1)
-    rows = {"base": plain_text(base_title(report.get("model") or {})), "method": code_span(report.get("method")),
-            "quantization scheme": plain_text(scheme_text(facts)), "layout": code_span(layout_tag(facts) or "plain checkpoint"),
-            "layers": f"{len(report['layers'])} quantized, {left} left in float",
-            "parameters": human_count((report.get("parameters") or {}).get("total") or 0),
-            "size": f"{human_bytes(sizes['export'])}, {ratio:.1%} of the checkpoint's {human_bytes(sizes['checkpoint'])}",
-            "calibration data": plain_text((report.get("calibration") or {}).get("dataset") or "none"),
-            "outlier suppression": "yes, see the recipe" if was_edited(report) else "none",
-            "verification": plain_text(report.get("verdict") or NOT_VERIFIED)}
-    return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items()), "",
-            f"Every value of the recipe and its origin are in `quantization_report.yaml`, the figures also in `{PAGE}`."]
+    rows = {
+        "base": plain_text(base_title(report.get("model") or {})),
+        "method": code_span(report.get("method")),
+        "quantization scheme": plain_text(scheme_text(facts)),
+        "layout": code_span(layout_tag(facts) or "plain checkpoint"),
+        "layers": f"{len(report['layers'])} quantized, {left} left in float",
+        "parameters": human_count((report.get("parameters") or {}).get("total") or 0),
+        "size": f"{human_bytes(sizes['export'])}, {ratio:.1%} of the checkpoint's {human_bytes(sizes['checkpoint'])}",
+        "calibration data": plain_text((report.get("calibration") or {}).get("dataset") or "none"),
+        "outlier suppression": "yes, see the recipe" if was_edited(report) else "none",
+        "verification": plain_text(report.get("verdict") or NOT_VERIFIED),
+    }
+    return [
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in rows.items()),
+        "",
+        f"Every value of the recipe and its origin are in `quantization_report.yaml`, the figures also in `{PAGE}`.",
+    ]
 
 # %% ../../nbs/report/card.ipynb #daa034b2
 def _quality(facts: ExportFacts) -> list[str]:
     "What was measured."
-    if not facts.results: return [f"Not measured yet: `llmquant evaluate ./{facts.name} --base BASE` compares it with the base model."]
+    if not facts.results:
+        return [f"Not measured yet: `llmquant evaluate ./{facts.name} --base BASE` compares it with the base model."]
     lines, tasks = [], facts.results.get("tasks") or {}
     if rows := main_metrics(tasks):
-        lines += ["| task | metric | items | base | this model | difference, 95 % interval |", "|---|---|---|---|---|---|"]
+        lines += [
+            "| task | metric | items | base | this model | difference, 95 % interval |",
+            "|---|---|---|---|---|---|",
+        ]
         for task, (metric, found) in rows.items():
             low, high = found.get("interval") or (None, None)
             interval = "" if low is None else f" ({low:+.3f} to {high:+.3f})"
-            lines.append(f"| {plain_text(task)} | {plain_text(metric)} | {tasks[task].get('n', '')} | {found['base']:.3f} | "
-                         f"{found['export']:.3f} | {found['export'] - found['base']:+.3f}{interval} |")
+            lines.append(
+                f"| {plain_text(task)} | {plain_text(metric)} | {tasks[task].get('n', '')} | {found['base']:.3f} | "
+                f"{found['export']:.3f} | {found['export'] - found['base']:+.3f}{interval} |"
+            )
     text = facts.results.get("text") or {}
     if (perplexity := text.get("perplexity") or {}).get("export") is not None:
-        lines += ["", f"Perplexity of {plain_text(text.get('name', 'the text'))}: {perplexity['base']:.4g} (base), "
-                      f"{perplexity['export']:.4g} (this model)."]
-    if (kl := text.get("kl") or {}).get("mean") is not None: lines += ["", f"Mean KL divergence from the base: {kl['mean']:.3g} nats."]
+        lines += [
+            "",
+            f"Perplexity of {plain_text(text.get('name', 'the text'))}: {perplexity['base']:.4g} (base), "
+            f"{perplexity['export']:.4g} (this model).",
+        ]
+    if (kl := text.get("kl") or {}).get("mean") is not None:
+        lines += ["", f"Mean KL divergence from the base: {kl['mean']:.3g} nats."]
     return [*lines, "", f"All figures: `{RESULTS_FILE}`."]
+
 
 def _serving(facts: ExportFacts) -> list[str]:
     "How to serve it."
     lines = []
-    for about, line in (*serve_commands(facts), request_command(facts)): lines += [about, "", "```bash", line, "```", ""]
+    for about, line in (*serve_commands(facts), request_command(facts)):
+        lines += [about, "", "```bash", line, "```", ""]
     for kind, count in kinds_in(facts).items():
         row = kernels_for(kind)
-        known = "not in the table of tried kinds" if row is None else \
-            f"CPU: {row.cpu or 'by the plugin alone'}; CUDA: {row.cuda or 'no kernel of its own'}"
+        known = (
+            "not in the table of tried kinds"
+            if row is None
+            else f"CPU {row.cpu or 'by the plugin alone'}; CUDA {row.cuda or 'no kernel of its own'}"
+        )
         lines.append(f"- {count} layers, {kind_text(kind)}: {known}.")
+    if facts.report["layers"]:
+        lines.append(f"- Kernels were tried with {CPU_VERSION} and {CUDA_VERSION}.")
     return lines + [f"- {plain_text(note)}" for note in serving_advice(facts)]
+
 
 def _license(facts: ExportFacts) -> list[str]:
     "Whose license holds."
-    known, beside = facts.base_card.get("license"), facts.folder/BASE_CARD
+    known, beside = facts.base_card.get("license"), facts.folder / BASE_CARD
     where = f" Its card is [{BASE_CARD}]({BASE_CARD})." if beside.is_file() else ""
     files = sorted(path.name for path in facts.folder.glob("LICENSE*") if re.fullmatch(r"[\w.-]+", path.name))
     links = " ".join(f"[{name}]({name})" for name in files)
-    said = f"license of the base model: {code_span(known)}" if isinstance(known, str) else "the license of the base model holds for this one as well"
+    said = (
+        f"license of the base model: {code_span(known)}"
+        if isinstance(known, str)
+        else "the license of the base model holds for this one as well"
+    )
     return [f"{said[0].upper()}{said[1:]}.{where}{f' See {links}.' if files else ''}"]
 
 # %% ../../nbs/report/card.ipynb #34147e20
@@ -128,22 +176,40 @@ def card_text(
     facts: ExportFacts,  # of an export
 ) -> str:
     "The whole card."
-    parts = {"What was done": _what(facts), "Quality": _quality(facts), "Serving": _serving(facts),
-             "Limits": ["Quantization changes a model's answers. What it was trained for, its biases and its safety are the base model's, and were "
-                        "not examined again; compare it with the base on your own task before you rely on it."], "License": _license(facts)}
+    parts = {
+        "What was done": _what(facts),
+        "Quality": _quality(facts),
+        "Serving": _serving(facts),
+        "Limits": [
+            "Quantization changes a model's answers. What it was trained for, its biases and its safety are the base "
+            "model's, and were "
+            "not examined again; compare it with the base on your own task before you rely on it."
+        ],
+        "License": _license(facts),
+    }
     head = ModelCardData(**card_data(facts)).to_yaml()
-    body = [f"# {plain_text(facts.name)}", "", f"{plain_text(base_title(facts.report.get('model') or {}))}, quantized by llmquant "
-            f"{plain_text(facts.report.get('llmquant'))} for vLLM." if facts.report["layers"] else "A checkpoint written by llmquant."]
-    for title, lines in parts.items(): body += ["", f"## {title}", "", *lines]
+    body = [
+        f"# {plain_text(facts.name)}",
+        "",
+        f"{plain_text(base_title(facts.report.get('model') or {}))}, quantized by llmquant "
+        f"{plain_text(facts.report.get('llmquant'))} for vLLM."
+        if facts.report["layers"]
+        else "A checkpoint written by llmquant.",
+    ]
+    for title, lines in parts.items():
+        body += ["", f"## {title}", "", *lines]
     return signed("\n".join(["---", head.strip(), "---", "", *body]) + "\n")
 
+
 SIGNATURE = "<!-- written by llmquant; a digest of the text above, which is rewritten only while it is unedited: "
+
 
 def signed(
     text: str,  # of a card
 ) -> str:
     "A card with its digest at its end."
     return f"{text}\n{SIGNATURE}{hashlib.sha256(text.encode()).hexdigest()[:16]} -->\n"
+
 
 def is_unedited(
     text: str,  # of a README.md
@@ -157,18 +223,22 @@ def put_card(
     facts: ExportFacts,  # of an export
 ) -> bool:  # whether it was written
     "Write README.md; one that somebody has edited, or that is not ours, stays as it is, and the log names it."
-    file = facts.folder/CARD
+    file = facts.folder / CARD
     if file.exists() and not is_unedited(file.read_text(encoding="utf-8", errors="replace")):
-        logger.info("%s: was edited or is not llmquant's, and stays as it is; delete it to have a new one written", file)
+        logger.info(
+            "%s: was edited or is not llmquant's, and stays as it is; delete it to have a new one written", file
+        )
         return False
     replace_text(file, card_text(facts))
     return True
+
 
 def write_card(
     export: str | Path,  # folder
 ) -> bool:  # whether it was written
     "`put_card` for an export on disk; `UsageError` for a folder that is none."
     return put_card(read_facts(export))
+
 
 def replace_text(
     file: Path,  # that may be there
@@ -179,4 +249,5 @@ def replace_text(
     try:
         fresh.write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(fresh, file)
-    finally: fresh.unlink(missing_ok=True)
+    finally:
+        fresh.unlink(missing_ok=True)

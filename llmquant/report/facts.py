@@ -25,8 +25,10 @@ def card_metadata(
 ) -> dict:  # empty where it has none that can be read
     "The metadata at the head of a model card."
     found = re.match(r"\ufeff?---\r?\n(.*?)\r?\n---\s*(?:\r?\n|$)", text, re.DOTALL)
-    try: values = yaml.safe_load(found[1]) if found else None
-    except yaml.YAMLError: return {}
+    try:
+        values = yaml.safe_load(found[1]) if found else None
+    except yaml.YAMLError:
+        return {}
     return values if isinstance(values, dict) else {}
 
 # %% ../../nbs/report/facts.ipynb #62888a1c
@@ -34,53 +36,74 @@ def hub_name(
     model: Mapping[str, Any],  # the report's section
 ) -> str | None:  # org/name
     "What the base is called on the hub; None for a folder, a file and a model in memory that came from neither."
-    if not model.get("commit"): return None
+    if not model.get("commit"):
+        return None
     path = str(model.get("name") or model.get("path") or "")
-    if cached := re.search(r"models--([\w.-]+?)--([\w.-]+)[/\\]snapshots", path): return f"{cached[1]}/{cached[2]}"
+    if cached := re.search(r"models--([\w.-]+?)--([\w.-]+)[/\\]snapshots", path):
+        return f"{cached[1]}/{cached[2]}"
     return path.partition("@")[0] if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", path) else None
+
 
 def base_title(
     model: Mapping[str, Any],  # the report's section
 ) -> str:
     "The base as a reader may know it: its name on the hub, or that of its folder or file."
     path = str(model.get("path") or "")
-    return hub_name(model) or re.split(r"[/\\]", path.rstrip("/\\"))[-1] or f"a {model.get('model_type') or 'model'} in memory"
+    return (
+        hub_name(model)
+        or re.split(r"[/\\]", path.rstrip("/\\"))[-1]
+        or f"a {model.get('model_type') or 'model'} in memory"
+    )
 
 # %% ../../nbs/report/facts.ipynb #7aeb2593
 RESULTS_FILE = f"{EVALUATION}/results.json"
 
+
 @dataclass(frozen=True)
 class ExportFacts:
     "An export, as its pages describe it."
-    folder: Path                   # Where it lies now
-    name: str                      # What it is called, or will be
-    report: Mapping[str, Any]      # quantization_report.yaml
-    config: Mapping[str, Any]      # config.json
-    results: Mapping[str, Any]|None# evaluation/results.json; None when nothing was measured
-    base_card: Mapping[str, Any]   # Metadata of the card that the base came with
 
-    def recipe(self) -> dict[str, tuple[Any, str]]: # Key to value and origin
+    folder: Path  # Where it lies now
+    name: str  # What it is called, or will be
+    report: Mapping[str, Any]  # quantization_report.yaml
+    config: Mapping[str, Any]  # config.json
+    results: Mapping[str, Any] | None  # evaluation/results.json; None when nothing was measured
+    base_card: Mapping[str, Any]  # Metadata of the card that the base came with
+
+    def recipe(self) -> dict[str, tuple[Any, str]]:  # Key to value and origin
         "The recipe, where a run had one."
-        return {key: (item.get("value"), str(item.get("from"))) if isinstance(item, Mapping) else (item, "")
-                for key, item in (self.report.get("recipe") or {}).items()}
+        return {
+            key: (item.get("value"), str(item.get("from"))) if isinstance(item, Mapping) else (item, "")
+            for key, item in (self.report.get("recipe") or {}).items()
+        }
 
 # %% ../../nbs/report/facts.ipynb #18b7cfa9
 def _results(folder: Path) -> dict | None:
     "What was measured; `UsageError` for a file that cannot be understood."
-    file = folder/RESULTS_FILE
-    if not file.is_file(): return None
-    try: found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError: found = None
-    if isinstance(found, dict): return found
+    file = folder / RESULTS_FILE
+    if not file.is_file():
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if isinstance(found, dict):
+        return found
     raise UsageError(f"{file}: is damaged; delete it and run llmquant evaluate again")
+
 
 def _check_sizes(report: Mapping[str, Any], file: Path):
     "`UsageError` for a report without the figures that every run writes."
     sizes = report.get("sizes") if isinstance(report.get("sizes"), Mapping) else {}
-    if not all(type(sizes.get(key)) is int for key in ("checkpoint", "export", "quantized_layers", "quantized_layers_in_float")):
+    if not all(
+        type(sizes.get(key)) is int for key in ("checkpoint", "export", "quantized_layers", "quantized_layers_in_float")
+    ):
         raise damaged(file, "has no mapping sizes of bytes")
-    if lacks := [name for name, layer in report["layers"].items() if type(layer.get("relative_error")) not in (int, float)]:
+    if lacks := [
+        name for name, layer in report["layers"].items() if type(layer.get("relative_error")) not in (int, float)
+    ]:
         raise damaged(file, f"layers: {lacks[0]} has no relative_error")
+
 
 def read_facts(
     folder: str | Path,  # of an export
@@ -88,9 +111,8 @@ def read_facts(
 ) -> ExportFacts:
     "Read what the pages need; `UsageError` or `VerificationError` for a folder that is no export, or is damaged."
     folder = Path(folder).expanduser()
-    report, card, config = read_report(folder), folder/BASE_CARD, read_json(folder/"config.json")
-    _check_sizes(report, folder/REPORT)
-    check_quantization(config, report, folder/"config.json")
+    report, card, config = read_report(folder), folder / BASE_CARD, read_json(folder / "config.json")
+    _check_sizes(report, folder / REPORT)
+    check_quantization(config, report, folder / "config.json")
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    return ExportFacts(folder, name or folder.resolve().name, report, config, _results(folder),
-                       card_metadata(text))
+    return ExportFacts(folder, name or folder.resolve().name, report, config, _results(folder), card_metadata(text))

@@ -21,12 +21,14 @@ from ..utils.readable import human_bytes
 WIDTH = 4.2  # of a figure in inches
 MANY = 400  # more layers than this are no dots
 
+
 def kind_of_layer(
     layer: str,  # module name
 ) -> str:
     "The name without the path to the block, numbers as *."
     starred = re.sub(r"(?<=\.)\d+(?=\.)", "*", layer)
     return starred.partition(".*.")[2] or starred
+
 
 def block_of_layer(
     layer: str,  # module name
@@ -35,17 +37,21 @@ def block_of_layer(
     found = re.search(r"\.(\d+)\.", layer)
     return int(found[1]) if found else None
 
+
 def label_of(
     text: str,  # of a checkpoint or a task
     longest: int = 30,  # letters
 ) -> str:  # ASCII
     "A text as a figure can show it."
-    plain = "".join(c if c.isprintable() and c.isascii() else c.encode("ascii", "backslashreplace").decode() for c in text)
+    plain = "".join(
+        c if c.isprintable() and c.isascii() else c.encode("ascii", "backslashreplace").decode() for c in text
+    )
     plain = "".join(c if c.isprintable() else repr(c)[1:-1] for c in plain)
-    return plain if len(plain) <= longest else f"{plain[:longest // 2 - 1]}...{plain[-(longest // 2 - 2):]}"
+    return plain if len(plain) <= longest else f"{plain[: longest // 2 - 1]}...{plain[-(longest // 2 - 2) :]}"
 
 # %% ../../nbs/report/figures.ipynb #13a5d73a
 LETTER = 0.072  # inches that a letter of a tick label takes at most
+
 
 def plot_area(
     height: float,  # of the area in inches
@@ -67,7 +73,8 @@ def errors_by_kind(
     "The error of each layer's weight, grouped by kind in order of first appearance."
     groups = {}
     for name, layer in layers.items():
-        if "relative_error" in layer: groups.setdefault(kind_of_layer(name), {})[name] = layer["relative_error"]
+        if "relative_error" in layer:
+            groups.setdefault(kind_of_layer(name), {})[name] = layer["relative_error"]
     return groups
 
 # %% ../../nbs/report/figures.ipynb #1b564720
@@ -83,10 +90,15 @@ def error_figure(
         axes.plot([low, high], [place, place], color=INK, linewidth=0.8)
         axes.barh(place, third - first, left=first, height=0.56, color=COLOURS[4], edgecolor=INK, linewidth=0.6)
         axes.plot([middle, middle], [place - 0.34, place + 0.34], color=COLOURS[2], linewidth=2.2)
-        if len(layers) <= MANY: axes.plot(errors, [place] * len(errors), "o", color=INK, markersize=2, alpha=0.45)
+        if len(layers) <= MANY:
+            axes.plot(errors, [place] * len(errors), "o", color=INK, markersize=2, alpha=0.45)
         told.append(f"{label_of(kind)} {middle:.3g} ({low:.3g} to {high:.3g})")
-    axes.set(yticks=range(len(groups)), yticklabels=list(map(label_of, groups)), ylim=(len(groups) - 0.4, -0.6),
-             xlabel="relative error of the weight (no unit)")
+    axes.set(
+        yticks=range(len(groups)),
+        yticklabels=list(map(label_of, groups)),
+        ylim=(len(groups) - 0.4, -0.6),
+        xlabel="relative error of the weight (no unit)",
+    )
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.grid(axis="x")
     return described(figure, f"Relative error of {len(layers)} layers by kind, median and range: {'; '.join(told)}.")
@@ -99,9 +111,11 @@ def error_map(
     found = {}
     for kind, errors in errors_by_kind(layers).items():
         for name, error in errors.items():
-            if (block := block_of_layer(name)) is not None: found.setdefault((kind, block), []).append(error)
+            if (block := block_of_layer(name)) is not None:
+                found.setdefault((kind, block), []).append(error)
     kinds, blocks = list(dict.fromkeys(kind for kind, _ in found)), sorted({block for _, block in found})
     return kinds, blocks, np.array([[np.mean(found.get((kind, block), np.nan)) for block in blocks] for kind in kinds])
+
 
 @plot_style()
 def error_map_figure(
@@ -109,7 +123,8 @@ def error_map_figure(
 ) -> Figure | None:  # None for fewer than two blocks
     "The errors as a map, kinds from top to bottom and blocks from left to right."
     kinds, blocks, errors = error_map(layers)
-    if len(blocks) < 2: return None
+    if len(blocks) < 2:
+        return None
     figure, axes = plot_area(0.25 * len(kinds), list(map(label_of, kinds)), top=0.62)
     edges = np.array([*blocks, blocks[-1] + 1]) - 0.5
     image = axes.pcolormesh(edges, np.arange(len(kinds) + 1) - 0.5, errors, cmap="cividis", rasterized=True)
@@ -119,33 +134,54 @@ def error_map_figure(
     left, bottom, width, height = axes.get_position().bounds
     inch = 1 / figure.get_figheight()
     scale = figure.add_axes((left, bottom + height + 0.07 * inch, width, 0.09 * inch))
-    figure.colorbar(image, cax=scale, orientation="horizontal", label="relative error of the weight (no unit)", ticklocation="top")
+    figure.colorbar(
+        image, cax=scale, orientation="horizontal", label="relative error of the weight (no unit)", ticklocation="top"
+    )
     scale.xaxis.set_major_locator(MaxNLocator(5))
     row, column = np.unravel_index(np.nanargmax(errors), errors.shape)
-    return described(figure, f"Map of the relative error of {len(kinds)} kinds of Linear in {len(blocks)} blocks; the largest "
-                             f"is {errors[row, column]:.3g}, {label_of(kinds[row])} in block {blocks[column]}.")
+    return described(
+        figure,
+        f"Map of the relative error of {len(kinds)} kinds of Linear in {len(blocks)} blocks; the largest "
+        f"is {errors[row, column]:.3g}, {label_of(kinds[row])} in block {blocks[column]}.",
+    )
 
 # %% ../../nbs/report/figures.ipynb #858a3660
 @plot_style()
 def size_figure(
     sizes: Mapping[str, int],  # the report's section, bytes
-    same_dtype: bool = True,  # whether the checkpoint's tensors are in the export's dtype, so that its Linears can be shown
+    same_dtype: bool = True,  # whether the checkpoint's dtype is the export's; else its Linears are not shown
 ) -> Figure:
     "The checkpoint and the export, what is quantized and what stays in float."
     parts = {"checkpoint": sizes["quantized_layers_in_float"] if same_dtype else 0, "export": sizes["quantized_layers"]}
     (figure, axes), largest = plot_area(0.95, list(parts), top=0.28), max(sizes["checkpoint"], sizes["export"], 1)
     for place, (name, part) in enumerate(parts.items()):
         part = min(part, sizes[name])
-        axes.barh(place, part, color=COLOURS[1], hatch=HATCHES[1], edgecolor="white", label="quantized layers" if place else None)
-        axes.barh(place, sizes[name] - part, left=part, color=COLOURS[6], edgecolor="white",
-                  label="other tensors" if place else None)
+        axes.barh(
+            place,
+            part,
+            color=COLOURS[1],
+            hatch=HATCHES[1],
+            edgecolor="white",
+            label="quantized layers" if place else None,
+        )
+        axes.barh(
+            place,
+            sizes[name] - part,
+            left=part,
+            color=COLOURS[6],
+            edgecolor="white",
+            label="other tensors" if place else None,
+        )
         axes.text(sizes[name] + largest * 0.015, place, human_bytes(sizes[name]), va="center", fontsize=8)
     axes.set(yticks=(0, 1), yticklabels=parts, ylim=(1.5, -0.5), xlim=(0, largest * 1.2), xlabel="bytes")
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_bytes(round(value))))
     axes.legend(ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
-    return described(figure, f"The checkpoint has {human_bytes(sizes['checkpoint'])}, the export {human_bytes(sizes['export'])}, "
-                             f"of which {human_bytes(sizes['quantized_layers'])} are quantized layers.")
+    return described(
+        figure,
+        f"The checkpoint has {human_bytes(sizes['checkpoint'])}, the export {human_bytes(sizes['export'])}, "
+        f"of which {human_bytes(sizes['quantized_layers'])} are quantized layers.",
+    )
 
 # %% ../../nbs/report/figures.ipynb #361e7a1b
 def code_shares(
@@ -159,11 +195,13 @@ def code_shares(
     count, edges = np.histogram(values, bins=64, range=(-1, 1))
     return edges, count / values.size
 
+
 def steps_of(
     layer: Unpacked,  # from the independent reader
 ) -> np.ndarray:  # float32, all positive
     "The scales of all groups."
-    if layer.scale_dtype == "BF16": return (layer.scales.astype("<u4") << 16).view("<f4").ravel()
+    if layer.scale_dtype == "BF16":
+        return (layer.scales.astype("<u4") << 16).view("<f4").ravel()
     return layer.scales.astype(np.float32).ravel()
 
 # %% ../../nbs/report/figures.ipynb #d277ea26
@@ -177,16 +215,26 @@ def layer_figure(
     several = len(steps) > 1 and steps.max() > steps.min()
     figure = Figure(figsize=(WIDTH, 3.9 if several else 2.1))
     left, right, tall = 0.62 / WIDTH, 1 - 0.15 / WIDTH, figure.get_figheight()
-    top, *below = figure.subplots(1 + several, 1, squeeze=False, gridspec_kw={
-        "left": left, "right": right, "top": 1 - 0.25 / tall, "bottom": 0.45 / tall, "hspace": 0.42})[:, 0]
+    top, *below = figure.subplots(
+        1 + several,
+        1,
+        squeeze=False,
+        gridspec_kw={"left": left, "right": right, "top": 1 - 0.25 / tall, "bottom": 0.45 / tall, "hspace": 0.42},
+    )[:, 0]
     top.stairs(100 * shares, edges, fill=True, color=COLOURS[1])
-    top.set(xlabel="value / largest value of its scale" if layer.floats else "code", ylabel="weights (%)", title=label_of(name, 48))
-    if not layer.floats: top.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    top.set(
+        xlabel="value / largest value of its scale" if layer.floats else "code",
+        ylabel="weights (%)",
+        title=label_of(name, 48),
+    )
+    if not layer.floats:
+        top.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     if several:
         bins = np.geomspace(steps.min(), steps.max(), 41)
         below[0].hist(steps, bins=bins, color=COLOURS[6], hatch=HATCHES[1], edgecolor=INK, linewidth=0.4)
         below[0].set(xscale="log", xlabel="step of a group (scale, in units of the weight; log scale)", ylabel="groups")
         plain_log(below[0].xaxis, float(steps.max() / steps.min()))
     at = np.percentile(steps, (0, 50, 100))
-    text = f"Weights of {label_of(name, 48)}: {np.count_nonzero(shares)} of {len(shares)} {'bins' if layer.floats else 'codes'} in use"
+    used = f"{np.count_nonzero(shares)} of {len(shares)} {'bins' if layer.floats else 'codes'}"
+    text = f"Weights of {label_of(name, 48)}: {used} in use"
     return described(figure, f"{text}; {len(steps)} steps from {at[0]:.3g} to {at[2]:.3g}, median {at[1]:.3g}.")

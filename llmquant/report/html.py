@@ -12,8 +12,44 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from fastcore.basics import NotStr
-from fastcore.xml import (FT, A, Body, Code, Dd, Details, Div, Dl, Dt, Figcaption, Footer, H1, H2, Head, Header, Html, Img, Li, Main, Meta,
-                          Nav, P, Pre, Section, Span, Style, Summary, Table, Tbody, Td, Th, Thead, Title, Tr, Ul, to_xml)
+from fastcore.xml import (
+    FT,
+    A,
+    Body,
+    Code,
+    Dd,
+    Details,
+    Div,
+    Dl,
+    Dt,
+    Figcaption,
+    Footer,
+    H1,
+    H2,
+    Head,
+    Header,
+    Html,
+    Img,
+    Li,
+    Main,
+    Meta,
+    Nav,
+    P,
+    Pre,
+    Section,
+    Span,
+    Style,
+    Summary,
+    Table,
+    Tbody,
+    Td,
+    Th,
+    Thead,
+    Title,
+    Tr,
+    Ul,
+    to_xml,
+)
 from fastcore.xml import Figure as FigureTag
 from matplotlib.figure import Figure
 from ..checkpoint.folders import REPORT
@@ -27,9 +63,23 @@ from .facts import RESULTS_FILE, ExportFacts, base_title, read_facts
 from .figures import error_figure, error_map_figure, errors_by_kind, layer_figure, size_figure
 from .inline_svg import inline_svg
 from .page_style import style_sheet
-from .quality_figures import difference_figure, divergence_figure, main_metrics, perplexity_figure, score_figure
-from .serving_commands import (CPU_VERSION, CUDA_VERSION, kernels_for, kind_text, kinds_in, request_command,
-                                              serve_commands, serving_advice)
+from llmquant.report.quality_figures import (
+    difference_figure,
+    divergence_figure,
+    main_metrics,
+    perplexity_figure,
+    score_figure,
+)
+from llmquant.report.serving_commands import (
+    CPU_VERSION,
+    CUDA_VERSION,
+    kernels_for,
+    kind_text,
+    kinds_in,
+    request_command,
+    serve_commands,
+    serving_advice,
+)
 from ..utils.readable import flat_rows, human_bytes, human_count
 
 # %% ../../nbs/report/html.ipynb #6e2976fd
@@ -38,11 +88,25 @@ def table_of(
     head: Iterable[str] = (),  # titles of the columns
 ) -> FT:
     "A table that scrolls by itself where the page is narrow; numbers stand to the right."
-    def cell(value): return Td(value if isinstance(value, FT) else str(value), cls="number" if isinstance(value, (int, float)) else None)
+
+    def kind(value):
+        return (
+            "number"
+            if isinstance(value, (int, float))
+            else "short"
+            if isinstance(value, str) and len(value) < 28
+            else None
+        )
+
+    def cell(value):
+        return Td(value if isinstance(value, FT) else str(value), cls=kind(value) if titles else None)
+
     rows = [list(row) for row in rows]
     numeric = [bool(rows) and isinstance(rows[0][i], (int, float)) for i, _ in enumerate(head)]
     titles = [Th(title, scope="col", cls="number" if right else None) for title, right in zip(head, numeric)]
-    return Div(Table(*([Thead(Tr(*titles))] if titles else []), Tbody(*(Tr(*map(cell, row)) for row in rows))), cls="scroll")
+    parts = [*([Thead(Tr(*titles))] if titles else []), Tbody(*(Tr(*map(cell, row)) for row in rows))]
+    return Div(Table(*parts, cls=None if titles else "pairs"), cls="scroll")
+
 
 def source_of(
     file: str,  # beside the report
@@ -50,6 +114,7 @@ def source_of(
 ) -> FT:
     "Where a figure's numbers stand."
     return Span("From ", Code(file), ", ", Code(key), ".")
+
 
 def figure_of(
     figure: Figure,  # described
@@ -64,20 +129,39 @@ def figure_of(
 def _key_figures(facts: ExportFacts) -> FT:
     "The figures that a reader looks for first."
     report, sizes = facts.report, facts.report["sizes"]
-    seconds, errors = report.get("seconds") or {}, [e for kind in errors_by_kind(report["layers"]).values() for e in kind.values()]
+    seconds, errors = (
+        report.get("seconds") or {},
+        [e for kind in errors_by_kind(report["layers"]).values() for e in kind.values()],
+    )
     left = sum(map(len, (report.get("left_in_float") or {}).values()))
-    cells = [("size", human_bytes(sizes["export"]), f"{sizes['export'] / max(sizes['checkpoint'], 1):.1%} of {human_bytes(sizes['checkpoint'])}"),
-             ("layers quantized", f"{len(report['layers'])}", f"{left} left in float")]
-    if errors: cells.append(("weight error, mean", f"{sum(errors) / len(errors):.4f}", f"largest {max(errors):.4f}"))
-    if "wall" in seconds: cells.append(("time", f"{seconds['wall']:.4g} s", f"{seconds.get('cpu', 0):.4g} s of processor time"))
+    cells = [
+        (
+            "size",
+            human_bytes(sizes["export"]),
+            f"{sizes['export'] / max(sizes['checkpoint'], 1):.1%} of {human_bytes(sizes['checkpoint'])}",
+        ),
+        ("layers quantized", f"{len(report['layers'])}", f"{left} left in float"),
+    ]
+    if errors:
+        cells.append(("weight error, mean", f"{sum(errors) / len(errors):.4f}", f"largest {max(errors):.4f}"))
+    if "wall" in seconds:
+        cells.append(("time", f"{seconds['wall']:.4g} s", f"{seconds.get('cpu', 0):.4g} s of processor time"))
     if report.get("peak_memory_mib"):
         predicted = (report.get("memory") or {}).get("predicted_peak_mib")
-        cells.append(("peak memory", f"{report['peak_memory_mib']} MiB", f"{predicted} MiB predicted" if predicted else "of the process"))
+        cells.append(
+            (
+                "peak memory",
+                f"{report['peak_memory_mib']} MiB",
+                f"{predicted} MiB predicted" if predicted else "of the process",
+            )
+        )
     return Dl(*(Div(Dt(name), Dd(value, Span(more))) for name, value, more in cells), cls="key")
+
 
 def _as_yaml(value: Any) -> str:
     "A value of the recipe as a file would hold it."
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
 
 def recipe_rows(
     facts: ExportFacts,  # of an export
@@ -86,42 +170,73 @@ def recipe_rows(
     shown = [(Code(key), Code(_as_yaml(value)), origin) for key, (value, origin) in facts.recipe().items()]
     return [row for row in shown if row[2] != "default"], [row for row in shown if row[2] == "default"]
 
+
 def _done(facts: ExportFacts) -> Iterable[FT]:
     "What was done."
     report, model = facts.report, facts.report.get("model") or {}
-    about = [("base model", base_title(model)), ("model type", model.get("model_type")), ("method", report.get("method")),
-             ("quantization scheme", scheme_text(facts)), ("layout", (report.get("format") or {}).get("quant_method") or "plain checkpoint"),
-             ("dtype", (report.get("format") or {}).get("dtype")), ("fused layers", f"by {report['fused_by']}" if report.get("fused_by") else None),
-             ("calibration data", (report.get("calibration") or {}).get("dataset")), ("llmquant", report.get("llmquant"))]
+    about = [
+        ("base model", base_title(model)),
+        ("model type", model.get("model_type")),
+        ("method", report.get("method")),
+        ("quantization scheme", scheme_text(facts)),
+        ("layout", (report.get("format") or {}).get("quant_method") or "plain checkpoint"),
+        ("dtype", (report.get("format") or {}).get("dtype")),
+        ("fused layers", f"by {report['fused_by']}" if report.get("fused_by") else None),
+        ("calibration data", (report.get("calibration") or {}).get("dataset")),
+        ("llmquant", report.get("llmquant")),
+    ]
     yield table_of((name, Code(str(value))) for name, value in about if value is not None)
     given, default = recipe_rows(facts)
-    if given: yield P("The recipe, and where each value came from.")
-    if given: yield table_of(given, ("key", "value", "origin"))
-    if default: yield Details(Summary(f"{len(default)} values that are defaults"), table_of(default, ("key", "value", "origin")))
-    if given or default: yield P(source_of(REPORT, "recipe"), cls="soft")
+    if given:
+        yield P("The recipe, and where each value came from.")
+    if given:
+        yield table_of(given, ("key", "value", "origin"))
+    if default:
+        yield Details(
+            Summary(f"{len(default)} values that are defaults"), table_of(default, ("key", "value", "origin"))
+        )
+    if given or default:
+        yield P(source_of(REPORT, "recipe"), cls="soft")
 
 # %% ../../nbs/report/html.ipynb #ffd75a18
 def _cost(facts: ExportFacts) -> Iterable[FT]:
     "What it takes, and what it took."
     report, sizes = facts.report, facts.report["sizes"]
     same = (report.get("model") or {}).get("dtype") in (None, (report.get("format") or {}).get("dtype"))
-    yield Div(figure_of(size_figure(sizes, same), "sizes", "Bytes of tensors before and after.", REPORT, "sizes"), cls="figures")
+    yield Div(
+        figure_of(size_figure(sizes, same), "sizes", "Bytes of tensors before and after.", REPORT, "sizes"),
+        cls="figures",
+    )
     parameters = report.get("parameters") or {}
     reasons = (parameters.get("in_float_by_reason") or {}).items()
     if parameters.get("total"):
-        yield P(f"{human_count(parameters['total'])} parameters, of which {parameters.get('in_float', 0) / parameters['total']:.1%} stay in float:")
-        yield table_of(((reason, human_count(count), f"{count / parameters['total']:.1%}") for reason, count in reasons),
-                       ("reason", "parameters", "share"))
+        yield P(
+            f"{human_count(parameters['total'])} parameters, of which "
+            f"{parameters.get('in_float', 0) / parameters['total']:.1%} stay in float:"
+        )
+        yield table_of(
+            ((reason, human_count(count), f"{count / parameters['total']:.1%}") for reason, count in reasons),
+            ("reason", "parameters", "share"),
+        )
         yield P(source_of(REPORT, "parameters"), cls="soft")
-    rows = flat_rows({key: report[key] for key in ("seconds", "peak_memory_mib", "memory", "versions") if report.get(key)})
-    yield Details(Summary("Seconds, memory and versions"), table_of(rows), P(source_of(REPORT, "seconds, peak_memory_mib, memory, versions"), cls="soft"))
+    rows = flat_rows(
+        {key: report[key] for key in ("seconds", "peak_memory_mib", "memory", "versions") if report.get(key)}
+    )
+    yield Details(
+        Summary("Seconds, memory and versions"),
+        table_of(rows),
+        P(source_of(REPORT, "seconds, peak_memory_mib, memory, versions"), cls="soft"),
+    )
 
 # %% ../../nbs/report/html.ipynb #aa9cd8c8
 def _gates(results: Mapping) -> Iterable[FT]:
     "What was asked of the export, and whether it holds."
     for gate in results.get("gates") or ():
         passed = gate.get("passed")
-        yield Li(Span("passed" if passed else "not passed", cls="good" if passed else "bad"), f": {gate.get('sentence', '')}")
+        yield Li(
+            Span("passed" if passed else "not passed", cls="good" if passed else "bad"), f": {gate.get('sentence', '')}"
+        )
+
 
 def _score_rows(tasks: Mapping) -> Iterable[tuple]:
     "Every metric of every task."
@@ -131,19 +246,34 @@ def _score_rows(tasks: Mapping) -> Iterable[tuple]:
         for metric, found in (result.get("metrics") or {}).items():
             interval = found.get("interval") or ()
             shown = [f"{value:+.4f}" for value in interval]
-            sides = [f"{found[side]:.4f}" if isinstance(found.get(side), float) else str(found.get(side)) for side in ("base", "export")]
+            sides = [
+                f"{found[side]:.4f}" if isinstance(found.get(side), float) else str(found.get(side))
+                for side in ("base", "export")
+            ]
             p, of = found.get("mcnemar_p"), f" ({found['difference_of']})" if "difference_of" in found else ""
-            yield (Code(task), Code(metric), result.get("n", 0), *sides, f"{found['difference']:+.4f}{of}" if "difference" in found else "",
-                   " to ".join(shown), "" if p is None else f"{p:.3g}", turned)
+            yield (
+                Code(task),
+                Code(metric),
+                result.get("n", 0),
+                *sides,
+                f"{found['difference']:+.4f}{of}" if "difference" in found else "",
+                " to ".join(shown),
+                "" if p is None else f"{p:.3g}",
+                turned,
+            )
+
 
 def _text_sentence(text: Mapping) -> str:
     "Ratio of the perplexities and how often the likeliest token is the same; empty where neither was measured."
     ratio, kl, parts = text.get("perplexity") or {}, text.get("kl") or {}, []
     if ratio.get("ratio") is not None:
         low, high = ratio.get("interval") or (None, None)
-        parts.append(f"The perplexity is {ratio['ratio']:.3f} times that of the base{'' if low is None else f' (95 % interval {low:.3f} to {high:.3f})'}.")
-    if kl.get("top1_agreement") is not None: parts.append(f"The likeliest next token is the base's at {kl['top1_agreement']:.1%} of the positions.")
+        interval = "" if low is None else f" (95 % interval {low:.3f} to {high:.3f})"
+        parts.append(f"The perplexity is {ratio['ratio']:.3f} times that of the base{interval}.")
+    if kl.get("top1_agreement") is not None:
+        parts.append(f"The likeliest next token is the base's at {kl['top1_agreement']:.1%} of the positions.")
     return " ".join(parts)
+
 
 def _quality(facts: ExportFacts) -> Iterable[FT]:
     "What was measured."
@@ -153,29 +283,73 @@ def _quality(facts: ExportFacts) -> Iterable[FT]:
         yield Pre(Code(f"llmquant evaluate {serve_commands(facts)[0].line.split()[2]} --base BASE"))
         return
     tasks, text, settings = results.get("tasks") or {}, results.get("text") or {}, results.get("settings") or {}
-    drawn = [(score_figure(tasks), "scores", "Scores with 95 % intervals.", "tasks.*.metrics"),
-             (difference_figure(tasks), "differences", "What quantization changed, on the same items; a diamond marks an interval without zero.",
-              "tasks.*.metrics.*.interval"),
-             (perplexity_figure(text), "perplexity", f"Perplexity over {text.get('tokens', '?')} tokens.", "text.perplexity"),
-             (divergence_figure(text), "divergence", "Distance of the next token's distribution from the base's.", "text.kl")]
-    yield Div(*(figure_of(figure, name, about, RESULTS_FILE, key) for figure, name, about, key in drawn if figure), cls="figures")
-    if said := _text_sentence(text): yield P(said)
-    if gates := [*_gates(results)]: yield Ul(*gates)
-    head = ("task", "metric", "items", "base", "export", "difference", "95 % interval", "McNemar's p", "right to wrong / wrong to right")
-    if main_metrics(tasks) or tasks: yield table_of(_score_rows(tasks), head)
+    drawn = [
+        (score_figure(tasks), "scores", "Scores with 95 % intervals.", "tasks.*.metrics"),
+        (
+            difference_figure(tasks),
+            "differences",
+            "What quantization changed, on the same items; a diamond marks an interval without zero.",
+            "tasks.*.metrics.*.interval",
+        ),
+        (
+            perplexity_figure(text),
+            "perplexity",
+            f"Perplexity over {text.get('tokens', '?')} tokens.",
+            "text.perplexity",
+        ),
+        (
+            divergence_figure(text),
+            "divergence",
+            "Distance of the next token's distribution from the base's.",
+            "text.kl",
+        ),
+    ]
+    yield Div(
+        *(figure_of(figure, name, about, RESULTS_FILE, key) for figure, name, about, key in drawn if figure),
+        cls="figures",
+    )
+    if said := _text_sentence(text):
+        yield P(said)
+    if gates := [*_gates(results)]:
+        yield Ul(*gates)
+    head = (
+        "task",
+        "metric",
+        "items",
+        "base",
+        "export",
+        "difference",
+        "95 % interval",
+        "McNemar's p",
+        "right to wrong / wrong to right",
+    )
+    if main_metrics(tasks) or tasks:
+        yield table_of(_score_rows(tasks), head)
     notes = [Li(str(note)) for note in (results.get("requests") or {}).get("notes") or ()]
-    if notes: yield Ul(*notes)
+    if notes:
+        yield Ul(*notes)
     rows = flat_rows({"settings": settings, "text": text, "agreement": results.get("agreement") or {}})
-    yield Details(Summary("How it was measured"), table_of(rows), P(source_of(RESULTS_FILE, "settings, text, agreement"), cls="soft"))
+    yield Details(
+        Summary("How it was measured"),
+        table_of(rows),
+        P(source_of(RESULTS_FILE, "settings, text, agreement"), cls="soft"),
+    )
 
 # %% ../../nbs/report/html.ipynb #8751f426
 WORST, LISTED = 10, 600  # layers in the short table, and at most in the long one
 
+
 def _layer_row(name: str, layer: Mapping) -> tuple:
     "One layer."
     output = layer.get("output_error", layer.get("output_error_of_stack"))
-    return (Code(name), str(layer.get("scheme", "")), " x ".join(map(str, layer.get("shape", ()))), f"{layer['relative_error']:.4f}",
-            *(() if output is None else (f"{output:.4f}",)))
+    return (
+        Code(name),
+        str(layer.get("scheme", "")),
+        " x ".join(map(str, layer.get("shape", ()))),
+        f"{layer['relative_error']:.4f}",
+        *(() if output is None else (f"{output:.4f}",)),
+    )
+
 
 def worst_layer(
     facts: ExportFacts,  # of an export
@@ -184,21 +358,40 @@ def worst_layer(
     errors = {name: error for kind in errors_by_kind(facts.report["layers"]).values() for name, error in kind.items()}
     return max(errors, key=errors.get) if errors else None
 
+
 def _layers(facts: ExportFacts) -> Iterable[FT]:
     "The errors, and the worst layer from the files."
     layers = facts.report["layers"]
-    figures = [figure_of(error_figure(layers), "errors", "Relative error by kind of Linear: range, middle half, median, one dot a layer.",
-                         REPORT, "layers.*.relative_error")]
+    figures = [
+        figure_of(
+            error_figure(layers),
+            "errors",
+            "Relative error by kind of Linear: range, middle half, median, one dot a layer.",
+            REPORT,
+            "layers.*.relative_error",
+        )
+    ]
     if (by_block := error_map_figure(layers)) is not None:
         figures.append(figure_of(by_block, "blocks", "The same errors by block.", REPORT, "layers.*.relative_error"))
     name = worst_layer(facts)
     out_features, in_features = layers[name]["shape"]
-    stored = unpack_layer(read_safetensors(facts.folder), name, facts.config["quantization_config"], in_features, out_features)
-    figures.append(figure_of(layer_figure(stored, name), "worst", "Codes and steps of the layer with the largest error.",
-                             "model.safetensors.index.json", f"weight_map.{name}.*"))
+    stored = unpack_layer(
+        read_safetensors(facts.folder), name, facts.config["quantization_config"], in_features, out_features
+    )
+    figures.append(
+        figure_of(
+            layer_figure(stored, name),
+            "worst",
+            "Codes and steps of the layer with the largest error.",
+            "model.safetensors.index.json",
+            f"weight_map.{name}.*",
+        )
+    )
     yield Div(*figures, cls="figures")
     ordered = sorted(layers.items(), key=lambda item: -item[1]["relative_error"])
-    head = ("layer", "scheme", "shape", "weight error", "output error")[:max(len(_layer_row(*item)) for item in ordered)]
+    head = ("layer", "scheme", "shape", "weight error", "output error")[
+        : max(len(_layer_row(*item)) for item in ordered)
+    ]
     yield P(f"The {min(WORST, len(layers))} layers with the largest error.")
     yield table_of((_layer_row(*item) for item in ordered[:WORST]), head)
     if len(ordered) > WORST:
@@ -206,45 +399,72 @@ def _layers(facts: ExportFacts) -> Iterable[FT]:
         rest = f"; the first {LISTED} are shown, all are in {REPORT}" if len(layers) > LISTED else ""
         yield Details(Summary(f"All {len(layers)} layers{rest}"), table_of((_layer_row(*item) for item in shown), head))
     for reason, names in (facts.report.get("left_in_float") or {}).items():
-        yield Details(Summary(f"{len(names)} left in float: {reason}"), Ul(*(Li(Code(name)) for name in names[:LISTED])))
+        yield Details(
+            Summary(f"{len(names)} left in float: {reason}"), Ul(*(Li(Code(name)) for name in names[:LISTED]))
+        )
 
 # %% ../../nbs/report/html.ipynb #cdb563ff
 def _outliers(facts: ExportFacts) -> Iterable[FT]:
     "The picture that the run left, where it measured what suppressors did."
-    stages, picture = (facts.report.get("outlier_suppression") or {}).get("sizes"), facts.folder/PICTURE
+    stages, picture = (facts.report.get("outlier_suppression") or {}).get("sizes"), facts.folder / PICTURE
     data = base64.b64encode(picture.read_bytes()).decode()
-    yield FigureTag(Img(src=f"data:image/png;base64,{data}", alt=suppression_text(stages)),
-                    Figcaption("Largest magnitude of each channel before and after suppression. ",
-                               source_of(REPORT, "outlier_suppression.sizes"), f" Picture: {PICTURE}."), cls="wide")
+    yield FigureTag(
+        Div(Img(src=f"data:image/png;base64,{data}", alt=suppression_text(stages)), cls="scroll"),
+        Figcaption(
+            "Largest magnitude of each channel before and after suppression. ",
+            source_of(REPORT, "outlier_suppression.sizes"),
+            f" Picture: {PICTURE}.",
+        ),
+        cls="wide",
+    )
+
 
 def _verification(facts: ExportFacts) -> Iterable[FT]:
     "What was verified."
     verdict = str(facts.report.get("verdict") or NOT_VERIFIED)
     bad = verdict.startswith("failed")
     yield P(Span(verdict, cls="bad" if bad else "good" if verdict.startswith("verified") else "soft"))
-    verification = {key: value for key, value in (facts.report.get("verification") or {}).items() if key in ("files", "vllm")}
-    if verification: yield table_of(flat_rows(verification))
-    if verification: yield P(source_of(REPORT, "verification"), cls="soft")
-    else: yield Pre(Code(f"llmquant verify {serve_commands(facts)[0].line.split()[2]} --reference BASE"))
+    verification = {
+        key: value for key, value in (facts.report.get("verification") or {}).items() if key in ("files", "vllm")
+    }
+    if verification:
+        yield table_of(flat_rows(verification))
+    if verification:
+        yield P(source_of(REPORT, "verification"), cls="soft")
+    else:
+        yield Pre(Code(f"llmquant verify {serve_commands(facts)[0].line.split()[2]} --reference BASE"))
+
 
 def _serving(facts: ExportFacts) -> Iterable[FT]:
     "How to serve it, and on what."
-    for about, line in (*serve_commands(facts), request_command(facts)): yield from (P(about), Pre(Code(line)))
+    for about, line in (*serve_commands(facts), request_command(facts)):
+        yield from (P(about), Pre(Code(line)))
     rows = []
     for kind, count in kinds_in(facts).items():
         row = kernels_for(kind)
-        cpu, cuda = ("not tried",) * 2 if row is None else (row.cpu or "by the plugin", row.cuda or "no kernel of its own")
+        cpu, cuda = (
+            ("not tried",) * 2 if row is None else (row.cpu or "by the plugin", row.cuda or "no kernel of its own")
+        )
         rows.append((kind_text(kind), count, cpu, cuda))
-    if rows: yield table_of(rows, ("layers", "count", CPU_VERSION, CUDA_VERSION))
+    if rows:
+        yield table_of(rows, ("layers", "count", CPU_VERSION, CUDA_VERSION))
     yield Ul(*(Li(note) for note in serving_advice(facts)))
+
 
 def _limits(facts: ExportFacts) -> Iterable[FT]:
     "What the page does not say."
-    yield Ul(Li("The weight error says how far the weights moved, not what the model lost: layers differ in how much an error matters."),
-             Li("A verification says that vLLM computes what was written, not that what was written is as good as the base."),
-             Li("Scores are of the tasks, items and settings named here; other tasks may lose more."),
-             Li("What the base model was trained for, its biases and its license hold for the export as well."),
-             *(Li(f"Left out of the export: {name} ({why}).") for name, why in (facts.report.get("left_out") or {}).items()))
+    yield Ul(
+        Li(
+            "The weight error says how far the weights moved, not what the model lost: layers differ in how much "
+            "an error matters."
+        ),
+        Li(
+            "A verification says that vLLM computes what was written, not that what was written is as good as the base."
+        ),
+        Li("Scores are of the tasks, items and settings named here; other tasks may lose more."),
+        Li("What the base model was trained for, its biases and its license hold for the export as well."),
+        *(Li(f"Left out of the export: {name} ({why}).") for name, why in (facts.report.get("left_out") or {}).items()),
+    )
 
 # %% ../../nbs/report/html.ipynb #473ad305
 def page_parts(
@@ -252,11 +472,14 @@ def page_parts(
 ) -> dict[str, list[FT]]:  # title of a section -> its elements
     "The sections that an export has."
     parts = {"What was done": _done(facts), "Size, time and memory": _cost(facts), "Quality": _quality(facts)}
-    if facts.report["layers"]: parts["Layer by layer"] = _layers(facts)
+    if facts.report["layers"]:
+        parts["Layer by layer"] = _layers(facts)
     sized = (facts.report.get("outlier_suppression") or {}).get("sizes")
-    if sized and (facts.folder/PICTURE).is_file(): parts["Outlier channels"] = _outliers(facts)
+    if sized and (facts.folder / PICTURE).is_file():
+        parts["Outlier channels"] = _outliers(facts)
     parts |= {"Verification": _verification(facts), "Serving": _serving(facts), "Limits": _limits(facts)}
     return {title: list(elements) for title, elements in parts.items()}
+
 
 def page_text(
     facts: ExportFacts,  # of an export
@@ -265,25 +488,37 @@ def page_text(
     parts = page_parts(facts)
     ids = {title: title.lower().replace(",", "").replace(" ", "-") for title in parts}
     verdict = str(facts.report.get("verdict") or NOT_VERIFIED)
-    about = P(f"{base_title(facts.report.get('model') or {})}, {facts.report.get('method')}, {scheme_text(facts)}. {verdict[0].upper()}{verdict[1:]}.",
-              cls="soft")
-    files = [name for name in (REPORT, RESULTS_FILE, CARD, BASE_CARD) if (facts.folder/name).is_file()]
+    about = P(
+        f"{base_title(facts.report.get('model') or {})}, {facts.report.get('method')}, {scheme_text(facts)}. "
+        f"{verdict[0].upper()}{verdict[1:]}.",
+        cls="soft",
+    )
+    files = [name for name in (REPORT, RESULTS_FILE, CARD, BASE_CARD) if (facts.folder / name).is_file()]
     links = [item for name in files for item in (A(name, href=name), " ")]
-    head = Head(Meta(charset="utf-8"), Meta(name="viewport", content="width=device-width, initial-scale=1"),
-                Meta(name="color-scheme", content="light dark"), Title(f"{facts.name}: llmquant"), Style(NotStr(style_sheet())))
+    head = Head(
+        Meta(charset="utf-8"),
+        Meta(name="viewport", content="width=device-width, initial-scale=1"),
+        Meta(name="color-scheme", content="light dark"),
+        Title(f"{facts.name}: llmquant"),
+        Style(NotStr(style_sheet())),
+    )
     nav = Nav(Ul(*(Li(A(title, href=f"#{ids[title]}")) for title in parts)), aria_label="Sections")
-    body = Body(Header(H1(facts.name), about, _key_figures(facts), nav),
-                Main(*(Section(H2(title, id=ids[title]), *elements) for title, elements in parts.items())),
-                Footer(P(f"Written by llmquant {facts.report.get('llmquant')}. Files beside this page: ", *links)))
+    body = Body(
+        Header(H1(facts.name), about, _key_figures(facts), nav),
+        Main(*(Section(H2(title, id=ids[title]), *elements) for title, elements in parts.items())),
+        Footer(P(f"Written by llmquant {facts.report.get('llmquant')}. Files beside this page: ", *links)),
+    )
     return to_xml(Html(head, body, lang="en"), indent=False) + "\n"
+
 
 def put_report(
     facts: ExportFacts,  # of an export
 ) -> Path:  # the page
     "Write report.html."
-    file = facts.folder/PAGE
+    file = facts.folder / PAGE
     replace_text(file, page_text(facts))
     return file
+
 
 def write_report(
     export: str | Path,  # folder

@@ -12,9 +12,19 @@ from matplotlib.figure import Figure
 from ..utils.plot_style import COLOURS, FAINT, INK, plot_style
 
 # %% ../../nbs/report/inline_svg.ipynb #f721cdea
-DARK = ("#a8adb3", "#5aaee8", "#ff8f45", "#30c79b", "#93d3f7", "#e8a5ca", "#f4be4d", "#f5f5f5")  # each of COLOURS on black
+DARK = (
+    "#a8adb3",
+    "#5aaee8",
+    "#ff8f45",
+    "#30c79b",
+    "#93d3f7",
+    "#e8a5ca",
+    "#f4be4d",
+    "#f5f5f5",
+)  # each of COLOURS on black
 PAGE_COLOURS = {INK: "--ink", FAINT: "--faint"} | {colour: f"--series-{i}" for i, colour in enumerate(COLOURS)}
 PAPER = "#fefefe"  # what matplotlib draws as white inside a figure
+
 
 def colour_rules(
     dark: bool,  # whether for a dark page
@@ -32,16 +42,24 @@ def inline_svg(
     "A figure as an element of a page."
     buffer, shades = io.StringIO(), PAGE_COLOURS
     with plot_style():
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        figure.savefig(
+            buffer,
+            format="svg",
+            transparent=True,
+            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+        )
     text = buffer.getvalue()
-    svg = text[text.index("<svg"):]
+    svg = text[text.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, count=1, flags=re.DOTALL)
     svg = re.sub(r'<g id="[A-Za-z_.]+\d*">', "<g>", svg)
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
-    for colour, variable in shades.items(): svg = svg.replace(colour.lower(), f"var({variable})")
+    for colour, variable in shades.items():
+        svg = svg.replace(colour.lower(), f"var({variable})")
     head, rest = svg.split(">", 1)
     head = re.sub(r' (width|height|version|xmlns)="[^"]*"', "", head)
-    return f'{head} role="img" aria-labelledby="{name}-alt"><title id="{name}-alt">{_escaped(figure.get_label())}</title>{rest}'.strip()
+    title = f'<title id="{name}-alt">{_escaped(figure.get_label())}</title>'
+    return f'{head} role="img" aria-labelledby="{name}-alt">{title}{rest}'.strip()
+
 
 def _escaped(text: str) -> str:
     "Text between two tags."

@@ -9,12 +9,19 @@ __all__ = ['style_sheet']
 from .inline_svg import colour_rules
 
 # %% ../../nbs/report/page_style.ipynb #e716ba02
-_LIGHT = "color-scheme:light;--page:#ffffff;--panel:#f6f7f9;--line:#d9dde2;--soft:#57606a;--link:#0b5cad;--good:#0f6b3f;--bad:#a1260d;"
-_DARK = "color-scheme:dark;--page:#14171a;--panel:#1d2126;--line:#363c44;--soft:#a4acb6;--link:#7db8f0;--good:#5fd39a;--bad:#ff9a7f;"
+_LIGHT = (
+    "color-scheme:light;--page:#ffffff;--panel:#f6f7f9;--line:#d9dde2;--soft:#57606a;"
+    "--link:#0b5cad;--good:#0f6b3f;--bad:#a1260d;"
+)
+_DARK = (
+    "color-scheme:dark;--page:#14171a;--panel:#1d2126;--line:#363c44;--soft:#a4acb6;"
+    "--link:#7db8f0;--good:#5fd39a;--bad:#ff9a7f;"
+)
 _TEXT = """
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%}
-body{margin:0;background:var(--page);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans",sans-serif}
+body{margin:0;background:var(--page);color:var(--ink);
+font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans",sans-serif}
 main,header,footer{max-width:68rem;margin:0 auto;padding:0 1.25rem}
 header{padding-top:2rem}
 h1{font-size:1.7rem;line-height:1.2;margin:0 0 .3rem;overflow-wrap:anywhere}
@@ -25,7 +32,8 @@ a{color:var(--link)}
 .good{color:var(--good)}.bad{color:var(--bad)}
 code,pre{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,"Liberation Mono",monospace;font-size:.86em}
 code{overflow-wrap:anywhere}
-pre{background:var(--panel);border:1px solid var(--line);border-radius:6px;padding:.7rem .9rem;overflow-x:auto;margin:.4rem 0 1rem}
+pre{background:var(--panel);border:1px solid var(--line);border-radius:6px;
+padding:.7rem .9rem;overflow-x:auto;margin:.4rem 0 1rem}
 pre code{overflow-wrap:normal}
 nav ul{list-style:none;display:flex;flex-wrap:wrap;gap:.2rem 1.1rem;padding:0;margin:1rem 0 0;font-size:.92rem}
 """
@@ -35,11 +43,12 @@ _PARTS = """
 .key dt{font-size:.82rem;color:var(--soft)}
 .key dd{margin:.1rem 0 0;font-size:1.25rem;font-weight:600;line-height:1.25}
 .key dd span{display:block;font-size:.82rem;font-weight:400;color:var(--soft);margin-top:.15rem}
-.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:1.4rem 2rem;align-items:start;margin:1rem 0}
+.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));
+gap:1.4rem 2rem;align-items:start;margin:1rem 0}
 figure{margin:0;break-inside:avoid}
 figure svg{display:block;width:100%;height:auto;max-width:34rem}
 figure svg text{font-family:inherit!important}
-figure img{display:block;max-width:100%;height:auto;background:#fff;border-radius:6px}
+figure img{display:block;width:100%;min-width:46rem;height:auto;background:#fff;border-radius:6px}
 figure.wide{grid-column:1/-1}
 figcaption{font-size:.82rem;margin-top:.4rem;max-width:34rem}
 .scroll{overflow-x:auto;margin:.6rem 0 1rem}
@@ -47,15 +56,19 @@ table{border-collapse:collapse;font-size:.9rem}
 th,td{text-align:left;vertical-align:top;padding:.3rem .9rem .3rem 0;border-bottom:1px solid var(--line)}
 thead th{color:var(--soft);font-weight:600;white-space:nowrap}
 td.number,th.number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-td code{white-space:nowrap}
+td code,td.short{white-space:nowrap}
+.pairs td{overflow-wrap:anywhere;min-width:7rem}.pairs td code{white-space:normal}
 details{margin:.8rem 0}
 summary{cursor:pointer;color:var(--link)}
-footer{margin-top:3rem;padding-top:1rem;padding-bottom:2.5rem;border-top:1px solid var(--line);font-size:.85rem;color:var(--soft)}
-@media (max-width:40rem){body{font-size:15px}header{padding-top:1.2rem}h1{font-size:1.35rem}.key{grid-template-columns:1fr 1fr}
+footer{margin-top:3rem;padding-top:1rem;padding-bottom:2.5rem;
+border-top:1px solid var(--line);font-size:.85rem;color:var(--soft)}
+@media (max-width:40rem){body{font-size:15px}
+header{padding-top:1.2rem}h1{font-size:1.35rem}.key{grid-template-columns:1fr 1fr}
 .key dd{font-size:1.05rem}th,td{padding-right:.7rem}}
 """
 _PAPER = """
-@media print{body{font-size:10.5pt}main,header,footer{max-width:none;padding:0}h2{break-after:avoid}nav,summary{display:none}
+@media print{body{font-size:10.5pt}
+main,header,footer{max-width:none;padding:0}h2{break-after:avoid}nav,summary{display:none}
 pre{white-space:pre-wrap}.figures{grid-template-columns:1fr 1fr}tr{break-inside:avoid}}
 """
 

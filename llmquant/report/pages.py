@@ -23,9 +23,11 @@ def write_pages(
     from llmquant.report.card import put_card
     from llmquant.report.facts import read_facts
     from llmquant.report.html import put_report
+
     facts = read_facts(export, name)
     put_card(facts)
     put_report(facts)
+
 
 def pages_writer(
     wanted: bool,  # the recipe's `report`
@@ -33,24 +35,31 @@ def pages_writer(
     "What `write_export` calls at the end."
     return write_pages if wanted else None
 
+
 def refresh_pages(
     export: str | Path,  # folder
 ):
     "Write both pages anew, unless the recipe of the export left them out."
     from llmquant.report.facts import read_facts
-    if read_facts(export).recipe().get("report", (True, ""))[0] is not False: write_pages(export)
+
+    if read_facts(export).recipe().get("report", (True, ""))[0] is not False:
+        write_pages(export)
 
 # %% ../../nbs/report/pages.ipynb #b2fbb9c8
 def update_verdict(
     export: str | Path,  # folder; its report has a new verdict
 ):
-    "Write the pages of an export anew, where it has any; remove those that are ours where it cannot be described any more."
+    "Write the pages of an export anew, where it has any; remove ours where it cannot be described any more."
     folder = Path(export).expanduser()
-    if not (folder/PAGE).is_file(): return
-    try: write_pages(folder)
+    if not (folder / PAGE).is_file():
+        return
+    try:
+        write_pages(folder)
     except LLMQuantError as error:
         from llmquant.report.card import is_unedited
-        card = folder/CARD
-        if card.is_file() and is_unedited(card.read_text(encoding="utf-8", errors="replace")): card.unlink()
-        (folder/PAGE).unlink()
-        logger.warning("%s: removed, for the export cannot be described any more (%s)", folder/PAGE, error)
+
+        card = folder / CARD
+        if card.is_file() and is_unedited(card.read_text(encoding="utf-8", errors="replace")):
+            card.unlink()
+        (folder / PAGE).unlink()
+        logger.warning("%s: removed, for the export cannot be described any more (%s)", folder / PAGE, error)

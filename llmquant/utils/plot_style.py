@@ -21,25 +21,50 @@ HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "++++", "oo", "--")
 INK, FAINT = "#1b1f24", "#d0d4d9"  # of text and axes, and of the lines behind the data
 
 # %% ../../nbs/utils/plot_style.ipynb #2e71aebf
-STYLE = {"font.size": 9, "axes.titlesize": 10, "axes.labelsize": 9,
-         "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8, "legend.frameon": False,
-         "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
-         "axes.linewidth": 0.8, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
-         "grid.color": FAINT, "grid.linewidth": 0.6, "lines.linewidth": 1.4, "lines.markersize": 4.5, "hatch.linewidth": 0.6,
-         "text.parse_math": False,  # a layer's name may hold a dollar sign
-         "savefig.dpi": 120, "svg.fonttype": "none", "svg.hashsalt": "llmquant"}
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 4.5,
+    "hatch.linewidth": 0.6,
+    "text.parse_math": False,  # a layer's name may hold a dollar sign
+    "savefig.dpi": 120,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "llmquant",
+}
+
 
 def plot_style() -> AbstractContextManager:
     "The style, for a `with` or as the decorator of a function that draws."
     return rc_context(STYLE)
+
 
 def series_look(
     number: int,  # of the series, from 0
 ) -> dict:  # color, marker and linestyle, as `Axes.plot` takes them
     "What tells a series apart, without colour too; 64 differ."
     place = (number + 1) % len(COLOURS)
-    return {"color": COLOURS[place], "marker": MARKERS[number % len(MARKERS)],
-            "linestyle": DASHES[(number + number // len(DASHES)) % len(DASHES)]}
+    return {
+        "color": COLOURS[place],
+        "marker": MARKERS[number % len(MARKERS)],
+        "linestyle": DASHES[(number + number // len(DASHES)) % len(DASHES)],
+    }
 
 # %% ../../nbs/utils/plot_style.ipynb #fa365f2c
 def plain_log(
@@ -51,6 +76,7 @@ def plain_log(
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     axis.set_minor_locator(NullLocator())
 
+
 def described(
     figure: Figure,  # drawn
     text: str,  # one or two sentences
@@ -58,6 +84,7 @@ def described(
     "Give a figure its alternative text, which `figure.get_label()` returns."
     figure.set_label(text)
     return figure
+
 
 def finished(
     figure: Figure,  # Drawn
