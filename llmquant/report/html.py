@@ -8,6 +8,7 @@ __all__ = ['WORST', 'LISTED', 'table_of', 'source_of', 'figure_of', 'recipe_rows
 
 # %% ../../nbs/report/html.ipynb #0cf0d7af
 import base64
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -160,7 +161,7 @@ def _key_figures(facts: ExportFacts) -> FT:
 
 def _as_yaml(value: Any) -> str:
     "A value of the recipe as a file would hold it."
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)  # JSON is YAML
 
 
 def recipe_rows(

@@ -56,7 +56,7 @@ table{border-collapse:collapse;font-size:.9rem}
 th,td{text-align:left;vertical-align:top;padding:.3rem .9rem .3rem 0;border-bottom:1px solid var(--line)}
 thead th{color:var(--soft);font-weight:600;white-space:nowrap}
 td.number,th.number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-td code,td.short{white-space:nowrap}
+td:not(:first-child):has(code){min-width:12rem}td:first-child code,td.short{white-space:nowrap}
 .pairs td{overflow-wrap:anywhere;min-width:7rem}.pairs td code{white-space:normal}
 details{margin:.8rem 0}
 summary{cursor:pointer;color:var(--link)}
