@@ -334,6 +334,7 @@ def ask_child(
         start = "import sys; from llmquant.harness.backends import serve_job; serve_job(sys.argv[1])"
         command = [sys.executable, "-c", start, str(folder/"job.json")]
         environment = vllm_check.child_environment(False) | {"HF_DATASETS_OFFLINE": "1"}
+        environment.pop("TQDM_DISABLE", None) # vLLM divides by the seconds of its bar, and a disabled one has none
         with open(folder/"log", "wb") as log:
             child = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log)
         try:
