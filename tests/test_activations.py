@@ -38,7 +38,7 @@ WITH_AMX = pytest.mark.skipif(not AMX, reason="needs a CPU with AMX")
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 DYNAMIC, ASYMMETRIC = ActivationScheme(), ActivationScheme(symmetric=False)
 STATIC = ActivationScheme(granularity="tensor", dynamic=False)
-STATIC_ASYMMETRIC = replace(STATIC, symmetric=False, range_rule="mse")
+STATIC_ASYMMETRIC = STATIC.replaced(symmetric=False, range_rule="mse")
 FP8 = ActivationScheme(type="float")
 
 

@@ -132,6 +132,12 @@ class Section(BaseModel):
         try: return cls(**{str(name): value for name, value in given.items()})
         except UsageError as error: raise UsageError(where + str(error).removeprefix(cls.__name__)) from None
 
+    def replaced(self,
+        **changes, # By the names of the fields
+    ):             # A section of the same class
+        "The section with other values, checked as when it was made."
+        return type(self)(**{name: getattr(self, name) for name in self.model_fields_set} | changes)
+
 # %% ../../nbs/core/options.ipynb #7a1c2e92
 @cache
 def options_of(

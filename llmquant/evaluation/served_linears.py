@@ -8,7 +8,6 @@ __all__ = ['JUDGED_TOKENS', 'listen', 'structure', 'place', 'fused_parts', 'per_
 
 # %% ../../nbs/evaluation/served_linears.ipynb #d7a96029
 from contextlib import closing
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -70,7 +69,8 @@ def served_input_qparams(stored: dict,            # layer -> (scheme, scale, zer
                  per_token: set,   # places, from `per_token_places`
                  ) -> dict:
     "Scheme, scale and zero point of the inputs as they are served."
-    def served(scheme, scale, zero): return replace(scheme, granularity="token", dynamic=True), None, None
+    def served(scheme, scale, zero):
+        return scheme.replaced(granularity="token", dynamic=True, range_rule="minmax"), None, None
     return {layer: served(*own) if place(layer) in per_token else own for layer, own in stored.items()}
 
 # %% ../../nbs/evaluation/served_linears.ipynb #b0995fd0

@@ -7,7 +7,6 @@ __all__ = ['SHRINKS', 'code_range', 'served_qparams', 'simulate', 'bins', 'stati
 
 # %% ../../nbs/sequential/activation_quantization.ipynb #0b4201a9
 import torch
-from dataclasses import replace
 from torch import Tensor
 from ..core.activation_options import ActivationScheme, read_activations
 from ..core.errors import UsageError
@@ -175,6 +174,6 @@ def static_parameters(
                  for end in (min(found[0], 0.), max(found[1], 0.)))
     if not torch.isfinite(high - low).all(): raise UsageError("the calibration activations hold NaN or infinite values")
     if float(high - low) == 0 and extremes != (0., 0.):
-        return static_parameters(stats, replace(scheme, range_rule="minmax"))
+        return static_parameters(stats, scheme.replaced(range_rule="minmax"))
     scale, zero = _qparams(low, high, scheme)
     return scale, zero.clamp(*code_range(scheme.bits)).to(torch.int8)
