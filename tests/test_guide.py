@@ -15,6 +15,7 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmquant.evaluation.verification import verify
+from llmquant.export.loading import load
 
 ROOT = Path(__file__).parent.parent
 NBS = ROOT / "nbs"
@@ -85,6 +86,35 @@ def test_the_readers_quantizer_is_served(tmp_path):
     assert verify(tmp_path / "out", reference=tmp_path / "tiny", require_vllm=True)["vllm"]["mean_kl"] < 1e-4
 
 
+def test_a_method_of_25_lines_is_served(tmp_path):
+    "Powers of two, as the page writes them, registered from a module outside of this repository."
+    code, = [source(cell) for cell in cells(NBS / "guide" / "new_quantizer.ipynb") if "class PowersOfTwo" in source(cell)]
+    text = ("import torch\nfrom llmquant.core.quantizer_registry import BaseQuantizer\n" + code).partition("\nprint(")[0]
+    assert len([line for line in text.splitlines() if line.strip()]) <= 25
+    (tmp_path / "powers.py").write_text(text)
+    tiny_llama(tmp_path / "tiny")
+    environment = declared(tmp_path, "powers", "powers_of_two = powers:PowersOfTwo")
+    done = subprocess.run([sys.executable, "-m", "llmquant", "quantize", "--model-path", "tiny", "--output-path", "out",
+                           "--method", "powers_of_two", "--group-size", "32", "--quiet"],
+                          cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    weight = load(tmp_path / "out", torch.float32).model.layers[0].mlp.down_proj.weight
+    steps = weight.unflatten(1, (-1, 32))
+    steps = steps.abs() / steps.abs().amax(-1, keepdim=True)
+    assert torch.isin((steps * 4).round(decimals=2), torch.tensor([0., 1, 2, 4])).all()
+    assert verify(tmp_path / "out", reference=tmp_path / "tiny", require_vllm=True)["vllm"]["mean_kl"] < 1e-4
+
+
+def declared(folder, name, entry):
+    "What an installed package leaves for Python to find its entry point; the environment in which commands find it."
+    about = folder / f"{name}-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(f"[llmquant.quantizers]\n{entry}\n")
+    path = os.pathsep.join([str(folder), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path}
+
+
 def test_the_guides_script():
     "`python test_framework.py` prints a line for each check and ends with 0."
     done = subprocess.run([sys.executable, "test_framework.py"], cwd=ROOT, capture_output=True, text=True)
@@ -102,13 +132,8 @@ def test_the_guides_script_fails(tmp_path):
                                      "    def quantize_weight(self, weight, stats, scheme):\n"
                                      "        weight.zero_()\n"
                                      "        return super().quantize_weight(weight, stats, scheme)\n")
-    about = tmp_path / "bad-1.0.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: bad\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text("[llmquant.quantizers]\nbad = bad:Bad\n")
-    path = os.pathsep.join([str(tmp_path), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run([sys.executable, "test_framework.py"], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": path})
+                          env=declared(tmp_path, "bad", "bad = bad:Bad"))
     assert done.returncode == 1 and done.stdout.splitlines()[-1] == "1 failed", done.stdout + done.stderr
     assert "FAILED  method bad: UsageError: Bad fails the check" in done.stdout and "ok      export" in done.stdout
 
