@@ -53,6 +53,7 @@ FAMILIES = {"qwen": {"model_type": "qwen2"}, "gpt_neox": {"model_type": "gpt_neo
                          "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32, "moe_intermediate_size": 32,
                          "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 1,
                          "topk_group": 1, "first_k_dense_replace": 1}}
+LLAMA_128 = LLAMA_64 | {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 512}  # heads as vLLM wants them
 MARKS = ("qweight", "scales", "zeros", "bits", "group_size", "quantization_method")
 
 
@@ -105,7 +106,7 @@ def attributes():
 def export(folder):
     "The guide's command writes the guide's vllm_config.json."
     model, out = folder / "model", folder / "minmax"
-    tiny_model(LLAMA_64).half().save_pretrained(model)
+    tiny_model(LLAMA_128).half().save_pretrained(model)
     command = [sys.executable, str(ROOT / "quantize.py"), "--model-path", str(model), "--output-path", str(out),
                "--method", "minmax", "--bits", "8", "--group-size", "32", "--no-report", "--quiet"]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -130,6 +131,11 @@ def family(name):
     return LLAMA_64 | FAMILIES[name] if name in FAMILIES else None
 
 
+def refused(error):
+    "What a registry found wrong with a package's class."
+    raise error
+
+
 def components():
     "Name and check of every registered component; None for an adapter whose family has no config.json here."
     for name in QuantizerRegistry.list_quantizers():
@@ -139,6 +145,8 @@ def components():
         yield f"adapter {name}", partial(check_adapter, ModelRegistry.get(name), config) if config else None
     for name in OutlierSuppressionRegistry.list_suppressors():
         yield f"suppressor {name}", partial(check_suppressor, OutlierSuppressionRegistry.get(name))
+    for registry in (QuantizerRegistry._registry, ModelRegistry._registry, OutlierSuppressionRegistry._registry):
+        for name, error in registry.broken.items(): yield f"{registry.kind} {name}", partial(refused, error)
 
 
 def checks(folder, vllm):

@@ -88,8 +88,9 @@ def test_the_readers_quantizer_is_served(tmp_path):
 
 def test_a_method_of_25_lines_is_served(tmp_path):
     "Powers of two, as the page writes them, registered from a module outside of this repository."
-    code, = [source(cell) for cell in cells(NBS / "guide" / "new_quantizer.ipynb") if "class PowersOfTwo" in source(cell)]
-    text = ("import torch\nfrom llmquant.core.quantizer_registry import BaseQuantizer\n" + code).partition("\nprint(")[0]
+    page = NBS / "guide" / "new_quantizer.ipynb"
+    code, = [source(cell) for cell in cells(page) if "class PowersOfTwo" in source(cell)]
+    text = "import torch\nfrom llmquant.core.quantizer_registry import BaseQuantizer\n" + code.partition("\nprint(")[0]
     assert len([line for line in text.splitlines() if line.strip()]) <= 25
     (tmp_path / "powers.py").write_text(text)
     tiny_llama(tmp_path / "tiny")
@@ -126,16 +127,18 @@ def test_the_guides_script():
 
 
 def test_the_guides_script_fails(tmp_path):
-    "A package whose class breaks a promise: its line names the check, the others still run, exit status 1."
+    "A class that changes what it is given, and one that cannot be registered: a line for each, exit status 1."
     (tmp_path / "bad.py").write_text("from llmquant.quantizers.minmax_quantizer import MinMaxQuantizer\n"
                                      "class Bad(MinMaxQuantizer):\n    name = 'bad'\n"
                                      "    def quantize_weight(self, weight, stats, scheme):\n"
                                      "        weight.zero_()\n"
-                                     "        return super().quantize_weight(weight, stats, scheme)\n")
+                                     "        return super().quantize_weight(weight, stats, scheme)\n"
+                                     "class Empty: pass\n")
     done = subprocess.run([sys.executable, "test_framework.py"], cwd=ROOT, capture_output=True, text=True,
-                          env=declared(tmp_path, "bad", "bad = bad:Bad"))
-    assert done.returncode == 1 and done.stdout.splitlines()[-1] == "1 failed", done.stdout + done.stderr
+                          env=declared(tmp_path, "bad", "bad = bad:Bad\nempty = bad:Empty"))
+    assert done.returncode == 1 and done.stdout.splitlines()[-1] == "2 failed", done.stdout + done.stderr
     assert "FAILED  method bad: UsageError: Bad fails the check" in done.stdout and "ok      export" in done.stdout
+    assert "FAILED  method empty: UsageError: method 'empty': Empty" in done.stdout
 
 
 def blocks(name): return [found.groups() for found in FENCE.finditer((ROOT / name).read_text("utf-8"))]
