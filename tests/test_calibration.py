@@ -151,7 +151,7 @@ socket.getaddrinfo = socket.create_connection = socket.socket.connect = refuse
 from llmquant.calibration.data import load_calibration
 print("lazy", not {"transformers", "datasets", "pyarrow"} & set(sys.modules))
 folder, *files = sys.argv[1:]
-mixture = [{"dataset": files[0], "weight": 2}, {"dataset": files[1]}, {"dataset": None, "weight": 0.5}]
+mixture = [{"dataset": files[0], "weight": 2}, {"dataset": files[1]}]
 print(load_calibration(mixture, folder, 49152, 14, 64, seed=3).fingerprint)
 def peak(): return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM"))
 before = peak()

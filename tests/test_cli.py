@@ -579,7 +579,7 @@ def test_a_flag_is_repeated_with_the_same_value_only():
         for action in parser._actions:
             flags, switch = action.option_strings, action.nargs == 0
             if not flags or action.dest in ("help", "assignments", "gates") or switch and len(flags) == 1: continue
-            needs = {"info": ["p"], "verify": ["e", "--reference=4"], "evaluate": ["e", "--base=4"]}.get(verb, [])
+            needs = {"info": ["p"], "verify": ["e", "--reference=4"], "evaluate": ["e", "--base=4"], "compare": ["a", "b"]}.get(verb, [])
             one, other = ([flags[1]], [flags[0]]) if switch else ([flags[0], "4"], [flags[0], "8"])
             assert cli._make_parser()[1][verb].parse_all([*one, *one, *needs])
             with pytest.raises(UsageError, match="given twice with different values, 4 and 8|contradict each other"):
