@@ -10,7 +10,8 @@ import pytest
 from llmquant.evaluation import vllm_check
 
 started = vllm_check.start_child
-environment = vllm_check.child_environment(False) | {"OMP_NUM_THREADS": "1"}  # imports start no pool, which a fork would lose
+# imports start no thread, which a fork would lose: no pool of torch's, no background thread of pyarrow's allocator
+environment = vllm_check.child_environment(False) | {"OMP_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
 
 
 class Forks:
