@@ -17,7 +17,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from ..checkpoint.side_files import BASE_CARD, CARD, PAGE
 from ..evaluation.verification import was_edited
-from ..export.report import NOT_VERIFIED
+from ..export.report import NOT_VERIFIED, in_unicode
 from .facts import RESULTS_FILE, ExportFacts, base_title, hub_name, read_facts
 from .quality_figures import main_metrics
 from llmquant.report.serving_commands import (
@@ -208,6 +208,7 @@ def signed(
     text: str,  # of a card
 ) -> str:
     "A card with its digest at its end."
+    text = in_unicode(text)
     return f"{text}\n{SIGNATURE}{hashlib.sha256(text.encode()).hexdigest()[:16]} -->\n"
 
 
