@@ -1,4 +1,4 @@
-# make demo | test | slow | fuzz | docs | lab | matrix | measure | methods | hooks ; see the README. Second runs reuse what is there.
+# make demo | test | slow | fuzz | docs | lab | workbench | matrix | measure | methods | hooks ; see the README. Second runs reuse what is there.
 PYTHON ?= python3
 VENV ?= .venv
 CHECK_VENV ?= .check-venv
@@ -14,7 +14,7 @@ STAMPS := $(VENV)/.stamps
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test slow fuzz notebooks docs lab matrix measure methods sync hooks check-env clean
+.PHONY: help install demo test slow fuzz notebooks docs lab workbench matrix measure methods sync hooks check-env clean
 
 help:
 	@echo "make demo     quantize a real language model, prove it in vLLM, print and plot what it cost"
@@ -22,7 +22,8 @@ help:
 	@echo "make slow     the notebooks' cells flagged slow, on the demo's model and in vLLM: methods compared on real layers"
 	@echo "make fuzz     ten minutes of mutated inputs, none of which may end in a traceback (FUZZ_ARGS='--seed 7')"
 	@echo "make docs     the documentation site in _docs/, and README.md (STRICT=1: warnings are errors)"
-	@echo "make lab      JupyterLab on the notebooks"
+	@echo "make lab      JupyterLab on the notebooks; those in workbench/ are meant to be changed"
+	@echo "make workbench  run the workbench notebooks on the demo model with full parameters and store what they print (BASE=path OUTPUT=folder)"
 	@echo "make sync     export the notebooks to the package"
 	@echo "make notebooks  run notebooks and store their outputs (NOTEBOOKS=nbs/index.ipynb for one)"
 	@echo "make matrix   every width, grid and granularity on tiny models in vLLM; writes committed results"
@@ -102,6 +103,9 @@ notebooks: $(STAMPS)/dev
 
 lab: $(STAMPS)/lab
 	@$(VENV)/bin/jupyter lab --notebook-dir nbs
+
+workbench: $(STAMPS)/dev
+	@$(PY) tools/workbench.py $(if $(BASE),--base "$(BASE)" --output "$(OUTPUT)")
 
 matrix: $(STAMPS)/dev
 	@$(PY) tools/matrix.py

@@ -78,7 +78,7 @@ def run(notebook, flags, store, root):
     for old, new in zip(raw.cells, processed.cells, strict=True):
         if not is_skipped(new, flags):
             old["outputs"] = new.get("outputs", [])
-    clean_nb(raw, clean_ids=True)
+    clean_nb(raw, allowed_cell_metadata_keys=get_config().allowed_cell_metadata_keys.split())
     refuse_paths(notebook.name, raw.cells, root)
     write_nb(raw, notebook)
 
