@@ -58,7 +58,7 @@ def test_choose_a_method(printed):
     assert len(table) == len(sizes) == 4 and all(len(row) == 4 for _, row in lines)
     assert all(row[0] == max(row) > 1.02 * row[3] for row in table.values()), table
     assert all(abs(row[3] / in_float - 1) < 0.02 for row in table.values()), table
-    assert all(row == sorted(row) for row in sizes.values()), sizes
+    assert all(row[3] > 1.2 * max(row[:3]) for row in sizes.values()), sizes
     found = re.search(r"choose (\w+) at (\d) bits: ([\d.]+) kB, perplexity ([\d.]+)", text).groups()
     good = [(sizes[name][place], table[name][place], name, bits) for name in table
             for place, bits in enumerate((2, 3, 4, 8)) if table[name][place] <= 1.05 * in_float]

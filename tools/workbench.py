@@ -14,15 +14,17 @@ import papermill
 from execnb.nbio import read_nb, write_nb
 from nbdev.clean import clean_nb
 from nbdev.config import get_config
-from run_nbs import refuse_paths, use_threads
+from run_nbs import QUIET, refuse_paths, use_threads
 
 ORDER = ("choose_a_method", "where_it_hurts", "suppress_outliers", "task_scores", "your_model")
 
 
 def joined(outputs):
-    "Outputs without what libraries say on stderr; neighbouring parts of stdout as one."
+    "Outputs without bars and what libraries say on stderr; neighbouring parts of stdout as one."
     found = []
     for output in outputs:
+        if "application/vnd.jupyter.widget-view+json" in output.get("data", {}):
+            continue
         if output["output_type"] != "stream":
             found.append(output)
         elif output["name"] == "stdout" and found and found[-1]["output_type"] == "stream":
@@ -63,7 +65,7 @@ def main():
         parameters["base"] = str(Path(given.base).resolve())
     use_threads()
     os.environ |= {"PYTHONPATH": os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])]),
-                   "TQDM_DISABLE": "1", "COLUMNS": "120"}
+                   **{key: value for key, value in QUIET.items() if key not in ("IN_TEST", "MPLBACKEND")}}
     with tempfile.TemporaryDirectory() as home:
         copies = Path(given.output or home).resolve()
         copies.mkdir(parents=True, exist_ok=True)
