@@ -96,7 +96,8 @@ def test_task_scores(printed):
     text, pictures = printed("task_scores")
     assert pictures == 2
     assert "16 items" in text and re.search(r"gate acc>=-0.02 (undecided|failed) on llmquant_\w+: .*16 items", text)
-    kl = {name: float(value) for name, value in re.findall(r"^(w[24]) .* (\S+)$", text, re.M) if "MiB" in text}
+    kl = {name: float(value) for name, value in re.findall(r"^(w[24]) .*MiB.* (\S+)$", text, re.M)}
+    assert "4 bits: kl<=0.01 passed" in text and "2 bits: kl<=0.01 failed" in text
     assert kl["w2"] > kl["w4"] > 0 and "w4 is nearest to the base" in text
 
 
