@@ -135,7 +135,7 @@ def merged_base(
     perplexity = next((row.perplexity for row in rows if row.perplexity), None)
     return ComparedModel("base", "", None, rows[0].bytes, tasks, perplexity, None)
 
-
+# %% ../../nbs/harness/compare.ipynb #e332e123
 def compare_results(
     paths: Sequence[str | Path],  # exports that were evaluated, at least two
 ) -> list[ComparedModel]:  # the base, then the exports
@@ -198,7 +198,7 @@ def task_cells(
     p = "" if figures.get("mcnemar_p") is None else f"{figures['mcnemar_p']:.2g}"
     return [task, row.name, f"{figures['score']:.4g}", difference + unit, interval_text(figures.get("interval")), p]
 
-
+# %% ../../nbs/harness/compare.ipynb #a1a60ec8
 def table_text(
     rows: Sequence[ComparedModel],  # from `compare_results`
 ) -> str:
@@ -228,7 +228,7 @@ def reach_of(
     low, high = interval or (value, value)
     return max(value - low, 0.0), max(high - value, 0.0)
 
-
+# %% ../../nbs/harness/compare.ipynb #9d54b065
 def mean_loss(
     row: ComparedModel,  # an export
     tasks: Iterable[str],  # that are averaged, all with an interval

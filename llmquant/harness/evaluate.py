@@ -272,6 +272,7 @@ def text_file(
     same = {key: run.settings[key] for key in ("backend", "dtype", "versions")}
     return run.samples/f"text-{fingerprint(run.digests, run.asked['text'], same)[:12]}.json"
 
+# %% ../../nbs/harness/evaluate.ipynb #575237e9
 def text_answers(
     run: Prepared,  # everything
 ) -> dict:          # the section `text` of the results
@@ -377,6 +378,7 @@ def asked_for(
         raise UsageError("--check-agreement needs both backends, and vLLM is not installed here; give 0")
     return {"agreement": items, "text": text}
 
+# %% ../../nbs/harness/evaluate.ipynb #00367132
 def evaluate(
     export: str | Path,                     # folder of an export
     base: str | Path | None = None,         # folder of its base; None for what its report names
@@ -417,6 +419,7 @@ def evaluate(
         write_results(run.folder, results)
     return results
 
+# %% ../../nbs/harness/evaluate.ipynb #d25f48e2
 @contextmanager
 def told_to_resume(
     run: Prepared,  # everything

@@ -103,7 +103,7 @@ def too_few(
     if needed is None: return f"{n} {unit} are too few to tell, and no number of {unit} would be enough at this value"
     return f"{n} {unit} are too few to tell; about {max(needed, n + 1)} would be needed ({REMEDIES[unit]})"
 
-
+# %% ../../nbs/harness/gate.ipynb #f2b2f905
 def gate_verdict(
     gate: Gate,  # that is judged
     value: float,  # measured

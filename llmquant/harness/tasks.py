@@ -199,6 +199,7 @@ def plan_tasks(
     data = {task: files for task in tasks if task in local and (files := _checked(task, local[task])) is not None}
     return TaskPlan(tasks, folders, data, bool(known), any(task not in data for task in tasks))
 
+# %% ../../nbs/harness/tasks.ipynb #2f98f527
 def _lm_eval_names(unknown, local):
     "The names among lm-eval's own; `UsageError` for the first that is in neither."
     index = task_index((), defaults=True)

@@ -84,7 +84,7 @@ def scheme_text(
     names = [str(layer.get("scheme")) for layer in facts.report["layers"].values()]
     return ", ".join(sorted(set(names), key=lambda name: -names.count(name))) or "16 bits, nothing quantized"
 
-
+# %% ../../nbs/report/card.ipynb #878ddfcd
 def _what(facts: ExportFacts) -> list[str]:
     "What was done."
     report, sizes = facts.report, facts.report["sizes"]
@@ -139,7 +139,7 @@ def _quality(facts: ExportFacts) -> list[str]:
         lines += ["", f"Mean KL divergence from the base: {kl['mean']:.3g} nats."]
     return [*lines, "", f"All figures: `{RESULTS_FILE}`."]
 
-
+# %% ../../nbs/report/card.ipynb #e903fc7e
 def _serving(facts: ExportFacts) -> list[str]:
     "How to serve it."
     lines = []
@@ -203,7 +203,7 @@ def card_text(
 
 SIGNATURE = "<!-- written by llmquant; a digest of the text above, which is rewritten only while it is unedited: "
 
-
+# %% ../../nbs/report/card.ipynb #d83742f1
 def signed(
     text: str,  # of a card
 ) -> str:

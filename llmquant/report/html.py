@@ -163,7 +163,7 @@ def _as_yaml(value: Any) -> str:
     "A value of the recipe as a file would hold it."
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)  # JSON is YAML
 
-
+# %% ../../nbs/report/html.ipynb #7be22d2b
 def recipe_rows(
     facts: ExportFacts,  # of an export
 ) -> tuple[list, list]:  # rows (key, value, origin) that somebody gave or implied, and those that are defaults
@@ -275,7 +275,7 @@ def _text_sentence(text: Mapping) -> str:
         parts.append(f"The likeliest next token is the base's at {kl['top1_agreement']:.1%} of the positions.")
     return " ".join(parts)
 
-
+# %% ../../nbs/report/html.ipynb #0dcdc7d6
 def _quality(facts: ExportFacts) -> Iterable[FT]:
     "What was measured."
     results = facts.results
@@ -359,7 +359,7 @@ def worst_layer(
     errors = {name: error for kind in errors_by_kind(facts.report["layers"]).values() for name, error in kind.items()}
     return max(errors, key=errors.get) if errors else None
 
-
+# %% ../../nbs/report/html.ipynb #b3f34961
 def _layers(facts: ExportFacts) -> Iterable[FT]:
     "The errors, and the worst layer from the files."
     layers = facts.report["layers"]
@@ -435,7 +435,7 @@ def _verification(facts: ExportFacts) -> Iterable[FT]:
     else:
         yield Pre(Code(f"llmquant verify {serve_commands(facts)[0].line.split()[2]} --reference BASE"))
 
-
+# %% ../../nbs/report/html.ipynb #c7e4fbb9
 def _serving(facts: ExportFacts) -> Iterable[FT]:
     "How to serve it, and on what."
     for about, line in (*serve_commands(facts), request_command(facts)):
@@ -511,7 +511,7 @@ def page_text(
     )
     return to_xml(Html(head, body, lang="en"), indent=False) + "\n"
 
-
+# %% ../../nbs/report/html.ipynb #a37f2a8b
 def put_report(
     facts: ExportFacts,  # of an export
 ) -> Path:  # the page

@@ -31,7 +31,7 @@ def main_metrics(
             found[task] = next(((n, rising[n]) for n in ("acc", "acc_norm") if n in rising), next(iter(rising.items())))
     return found
 
-
+# %% ../../nbs/report/quality_figures.ipynb #3ef1e443
 @plot_style()
 def score_figure(
     tasks: Mapping[str, Mapping],  # the results' section
@@ -136,7 +136,7 @@ def perplexity_figure(
         f"export {found['export']:.4g}.",
     )
 
-
+# %% ../../nbs/report/quality_figures.ipynb #4fb78254
 @plot_style()
 def divergence_figure(
     text: Mapping[str, Any],  # the results' section
